@@ -1,0 +1,277 @@
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Tensor names (PEFT 0.20): ``base_model.model.<module>.lora_A.weight`` (R, I), ``.lora_B.weight`` (O, R); the
+parameters of modules trained in full under ``base_model.model.<parameter>``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.injection import Target, adapters_of, base_name, linear_modules
+from lora_cli.adapters.layer import LoRALinear, scaling_of
+from lora_cli.adapters.patterns import shortest_list
+from lora_cli.errors import StorageError, UsageError
+from lora_cli.recipe import LoraSection
+from lora_cli.storage import write_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One module's update: A (R, I), B (O, R), and the scale of B A."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+@dataclass
+class Adapter:
+    """What an adapter folder holds: its configuration, the updates by module, the parameters saved in full."""
+
+    config: dict[str, Any]
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        by_type = {value: key for key, value in TASK_TYPES.items()}
+        return by_type.get(self.config.get("task_type") or "CAUSAL_LM", "causal_lm")
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every trained parameter on the CPU, under the name the base model gives it.
+
+    Adapters appear as ``<module>.lora_A`` and ``<module>.lora_B``.
+    """
+    return {
+        base_name(name): parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put ``trained_tensors`` back, bit for bit. The names must be those of the model."""
+    parameters = {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != tensors.keys():
+        raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(parameters, tensors))}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _differences(expected: Any, found: Any) -> list[str]:
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    return [*missing, *(f"{name} is unexpected" for name in found if name not in expected)]
+
+
+def file_name_of(name: str) -> str:
+    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT."""
+    return f"{PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else PREFIX + name
+
+
+def trained_name_of(name: str) -> str:
+    """The inverse of ``file_name_of``."""
+    name = name.removeprefix(PREFIX)
+    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write both files into an existing folder."""
+    save_file({file_name_of(name): t for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, dict(sorted(config.items())))
+
+
+def peft_config(
+    model: PreTrainedModel,
+    lora: LoraSection,
+    task: str,
+    saved: list[str],
+    *,
+    base: str | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a model with adapters: PEFT's keys, and only those that say something."""
+    layers = adapters_of(model)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES[task],
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": lora.r,
+        "lora_alpha": _plain(lora.lora_alpha),
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": _target_list(model, layers, saved),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    optional = {
+        "use_rslora": lora.use_rslora,
+        "modules_to_save": saved,
+        "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != lora.r},
+        "alpha_pattern": _alpha_pattern(layers, lora),
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+    }
+    return config | {key: value for key, value in optional.items() if value}
+
+
+def _target_list(model: PreTrainedModel, layers: dict[str, LoRALinear], saved: list[str]) -> list[str]:
+    others = [name.removesuffix(".base") for name in linear_modules(model, outside=saved)]
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    return shortest_list(set(layers), {*others, *head})
+
+
+def _alpha_pattern(layers: dict[str, LoRALinear], lora: LoraSection) -> dict[str, float]:
+    """The alphas that differ, by whole module names, since PEFT's patterns are regular expressions."""
+    alphas = {name: _alpha(layer, lora.use_rslora) for name, layer in layers.items()}
+    return {name: _plain(alpha) for name, alpha in alphas.items() if abs(alpha - lora.lora_alpha) > 1e-9 * alpha}
+
+
+def _alpha(layer: LoRALinear, use_rslora: bool) -> float:
+    return layer.scaling / scaling_of(1.0, layer.r, use_rslora)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter, ours or PEFT's.
+
+    Raises ``UsageError`` for a folder that is none, holds pickles, or uses a variant that is not known here;
+    ``StorageError`` for a damaged file.
+    """
+    config = read_adapter_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise UsageError(
+                f"{folder} holds a pickled adapter (adapter_model.bin)",
+                "a pickle can run code when it is read: load it in PEFT and save it again as safetensors",
+            )
+        raise UsageError(f"{folder} holds no {WEIGHTS}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    return _assemble(folder, config, {trained_name_of(name): tensor for name, tensor in tensors.items()})
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The checked ``adapter_config.json``; see ``read_adapter``."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    if not path.is_file():
+        nested = folder / "adapter"
+        help = f"did you mean {nested}?" if (nested / CONFIG).is_file() else None
+        raise UsageError(f"{folder} holds no {CONFIG}", help)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UsageError(f"{path} does not describe a LoRA adapter")
+    _refuse_variants(path, config)
+    return config
+
+
+# Variants of PEFT whose tensors mean something else than W + s B A on the base as it is.
+_REFUSED = {
+    "use_dora": lambda value: bool(value),
+    "lora_bias": lambda value: bool(value),
+    "bias": lambda value: value not in (None, "none"),
+    "target_parameters": lambda value: bool(value),
+    "trainable_token_indices": lambda value: bool(value),
+    "layer_replication": lambda value: bool(value),
+    "alora_invocation_tokens": lambda value: bool(value),
+    "use_qalora": lambda value: bool(value),
+    # these change the base's weights before training, so the file belongs to another base than it names
+    "init_lora_weights": lambda value: str(value).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+}
+
+
+def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
+    used = [f"{key}: {config[key]}" for key, refuse in _REFUSED.items() if key in config and refuse(config[key])]
+    if used:
+        raise UsageError(f"{path} uses what is not supported yet: {', '.join(used)}")
+
+
+def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    adapter = Adapter(config)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind in ("lora_A", "lora_B"):
+            pairs.setdefault(module, {})[kind] = tensor
+        elif "lora_" in kind or "lora_" in module.rpartition(".")[2]:
+            raise UsageError(f"{folder / WEIGHTS} holds {name}: only lora_A and lora_B of linear layers are supported")
+        else:
+            adapter.saved[name] = tensor
+    for module, pair in pairs.items():
+        if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+            raise StorageError(f"{folder / WEIGHTS}: A and B of {module} do not fit together")
+        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], _scaling(config, module, pair["lora_A"]))
+    if not adapter.updates and not adapter.saved:
+        raise StorageError(f"{folder / WEIGHTS} holds no adapter")
+    return adapter
+
+
+def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
+    """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
+    import re
+
+    patterns = config.get("alpha_pattern") or {}
+    named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(named, config.get("lora_alpha", 8))
+    return scaling_of(float(alpha), lora_A.shape[0], bool(config.get("use_rslora")))
+
+
+def targets_of(adapter: Adapter) -> list[Target]:
+    return [
+        Target(name, u.lora_A.shape[0], u.scaling, u.lora_A.shape[1], u.lora_B.shape[0])
+        for name, u in adapter.updates.items()
+    ]
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter as ``trained_tensors`` gives it."""
+    pairs = {f"{name}.{kind}": getattr(u, kind) for name, u in adapter.updates.items() for kind in ("lora_A", "lora_B")}
+    return pairs | adapter.saved
+
+
+def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed: set[str]) -> list[str]:
+    """What keeps an adapter from fitting a base whose parameters have these shapes."""
+    wrong = []
+    for name, update in adapter.updates.items():
+        shape = shapes.get(f"{name}.weight")
+        expected = (update.lora_B.shape[0], update.lora_A.shape[1])
+        if shape is None:
+            wrong.append(f"{name}: the base has no such layer")
+        elif (shape[::-1] if name in transposed else shape) != expected:
+            wrong.append(f"{name}: the adapter is for {expected}, the base has {shape}")
+    for name, tensor in adapter.saved.items():
+        if name not in shapes:
+            wrong.append(f"{name}: the base has no such parameter")
+        elif shapes[name] != tuple(tensor.shape):
+            wrong.append(f"{name}: the adapter holds {tuple(tensor.shape)}, the base has {shapes[name]}")
+    return wrong

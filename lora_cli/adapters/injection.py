@@ -1,0 +1,248 @@
+"""Find the modules that a recipe means, put adapters on them, and freeze the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_cli.adapters.layer import LINEAR_TYPES, LoRALinear, features, scaling_of
+from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
+from lora_cli.errors import KeyPath, Mistake, RecipeError
+from lora_cli.recipe import LoraSection
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt: its name, its rank and the scale of its update."""
+
+    name: str
+    r: int
+    scaling: float
+    in_features: int
+    out_features: int
+
+    @property
+    def numel(self) -> int:
+        return self.r * (self.in_features + self.out_features)
+
+
+def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) -> dict[str, nn.Module]:
+    """Linear layers that may be adapted: not the output head, not below ``outside``."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and module is not head and not is_below(name, outside or [])
+    }
+
+
+def is_below(name: str, roots: list[str]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def find_targets(model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> list[Target]:
+    """The modules to adapt, in the model's order.
+
+    ``saved`` modules are trained in full and get no adapter. Raises ``RecipeError`` for a pattern that
+    matches nothing, or something that cannot be adapted.
+    """
+    return _Finder(model, lora, saved).find()
+
+
+class _Finder:
+    """Collects every mistake of the lora section before raising them at once."""
+
+    def __init__(self, model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> None:
+        self.model = model
+        self.lora = lora
+        self.candidates = linear_modules(model, outside=saved)
+        self.mistakes: list[Mistake] = []
+
+    def find(self) -> list[Target]:
+        chosen = self._targeted()
+        chosen -= self._excluded()
+        chosen &= self._in_layers()
+        chosen_in_order = [name for name in self.candidates if name in chosen]
+        targets = [self._target(name) for name in chosen_in_order]
+        self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
+        self._check_patterns("alpha_pattern", self.lora.alpha_pattern, chosen)
+        if not targets and not self.mistakes:
+            self._wrong(("lora",), "leaves no module to adapt: everything targeted is excluded")
+        if self.mistakes:
+            raise RecipeError(self.mistakes)
+        return targets
+
+    def _wrong(self, path: KeyPath, message: str, help: str | None = None) -> None:
+        self.mistakes.append(Mistake(path, message, help))
+
+    def _targeted(self) -> set[str]:
+        patterns = self.lora.target_modules
+        if patterns == "all-linear":
+            return set(self.candidates)
+        path = ("lora", "target_modules")
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        return set().union(*(self._matched(path, pattern) for pattern in listed))
+
+    def _excluded(self) -> set[str]:
+        path = ("lora", "exclude_modules")
+        return set().union(*(self._matched(path, pattern) for pattern in self.lora.exclude_modules or []))
+
+    def _matched(self, path: KeyPath, pattern: str) -> set[str]:
+        if reason := invalid_reason(pattern):
+            self._wrong(path, reason)
+            return set()
+        found = {name for name in self.candidates if matches(name, pattern)}
+        if not found:
+            self._wrong(path, *self._no_match(pattern))
+        return found
+
+    def _no_match(self, pattern: str) -> tuple[str, str]:
+        """Why a pattern chose nothing, and what it could have been."""
+        endings = sorted({ending(name) for name in self.candidates})
+        have = f"this model has: {', '.join(endings)}"
+        for name, module in self.model.named_modules():
+            if matches(name, pattern):
+                kind = "the output head" if isinstance(module, LINEAR_TYPES) else f"of type {type(module).__name__}"
+                return f"'{pattern}' is {name}, {kind}: adapters go on linear layers inside the model", have
+        close = nearest(pattern, self.candidates)
+        return f"no layer is named '{pattern}'", f"did you mean {close}? {have}" if close else have
+
+    def _in_layers(self) -> set[str]:
+        layers = self.lora.layers_to_transform
+        if layers is None:
+            return set(self.candidates)
+        known = {layer for name in self.candidates if (layer := layer_of(name)) is not None}
+        for layer in layers:
+            if layer not in known:
+                last = max(known, default=-1)
+                message = (
+                    f"has no layer {layer}: this model's layers are 0 to {last}"
+                    if known
+                    else ("cannot be used: this model's modules are not numbered")
+                )
+                self._wrong(("lora", "layers_to_transform"), message)
+        return {name for name in self.candidates if layer_of(name) in layers}
+
+    def _check_patterns(self, key: str, table: dict[str, int] | dict[str, float], chosen: set[str]) -> None:
+        for pattern in table:
+            if reason := invalid_reason(pattern):
+                self._wrong(("lora", key, pattern), reason)
+            elif not any(matches(name, pattern) for name in chosen):
+                close = nearest(pattern, chosen)
+                help = f"did you mean {close}?" if close else None
+                self._wrong(("lora", key, pattern), "matches no adapted module", help)
+
+    def _target(self, name: str) -> Target:
+        in_features, out_features = features(self.candidates[name])
+        r = self._patterned("rank_pattern", name, self.lora.r)
+        if r > min(in_features, out_features):
+            size = f"{out_features} x {in_features}"
+            key: KeyPath = ("lora", "rank_pattern") if r != self.lora.r else ("lora", "r")
+            self._wrong(key, f"{r} is more than the rank of {name} ({size})")
+        alpha = self._patterned("alpha_pattern", name, self.lora.lora_alpha)
+        return Target(name, r, scaling_of(alpha, r, self.lora.use_rslora), in_features, out_features)
+
+    def _patterned(self, key: str, name: str, default):  # type: ignore[no-untyped-def]
+        """The first entry of a pattern table that names this module, else the default."""
+        table = getattr(self.lora, key)
+        usable = (pattern for pattern in table if invalid_reason(pattern) is None)
+        return next((table[pattern] for pattern in usable if matches(name, pattern)), default)
+
+
+def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
+    """The modules that `modules_to_save` names.
+
+    Raises ``RecipeError`` for a name that matches nothing, and for one that shares its weight with a module
+    that stays frozen: training it would untie the two.
+    """
+    mistakes, saved = [], []
+    path = ("lora", "modules_to_save")
+    modules = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        found = [name for name in modules if matches(name, pattern)]
+        outermost = [name for name in found if not is_below(name, [other for other in found if other != name])]
+        if not found:
+            endings = sorted({ending(name) for name in modules if not ending(name).isdigit()})
+            close = nearest(pattern, modules)
+            help = f"did you mean {close}? " if close else ""
+            mistakes.append(
+                Mistake(path, f"no module is named '{pattern}'", f"{help}this model has: {', '.join(endings)}")
+            )
+        for name in outermost:
+            if partner := tied_partner(model, name):
+                mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
+        saved += outermost
+    if mistakes:
+        raise RecipeError(mistakes)
+    return list(dict.fromkeys(saved))
+
+
+def tied_partner(model: nn.Module, name: str) -> str | None:
+    """A module outside ``name`` that shares a parameter with it."""
+    own = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not is_below(other, [name]):
+            return other.rsplit(".", 1)[0]
+    return None
+
+
+def attach(model: nn.Module, targets: list[Target], dropout: float = 0.0) -> dict[str, LoRALinear]:
+    """Put an adapter on every target, in place. The adapters' A still hold no values."""
+    layers = {}
+    for target in targets:
+        parent_name, _, child = target.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = LoRALinear(getattr(parent, child), target.r, target.scaling, dropout)
+        setattr(parent, child, layer)
+        layers[target.name] = layer
+    return layers
+
+
+def freeze_base(model: nn.Module, saved: list[str]) -> None:
+    """Leave only adapters and ``saved`` modules trainable; trained weights are float32."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapters_of(model).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    for name in saved:
+        train_in_full(model.get_submodule(name))
+
+
+def train_in_full(module: nn.Module) -> None:
+    """Train a module as float32 inside a model that computes in another dtype.
+
+    Hooks cast its floating inputs up and its outputs back, so the model's code does not notice.
+    """
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    module.requires_grad_(True)
+    if dtypes == {torch.float32}:
+        return
+    dtype = next(iter(dtypes))
+    module.float()
+    module.register_forward_pre_hook(lambda _, args, kwargs: _cast((args, kwargs), torch.float32), with_kwargs=True)
+    module.register_forward_hook(lambda _, args, output: _cast(output, dtype))
+
+
+def _cast(value, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every adapted module of a model, by the name it has in the base."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def base_name(name: str) -> str:
+    """A parameter's name as the base model has it: `q_proj.base.weight` is `q_proj.weight`."""
+    head, _, last = name.rpartition(".")
+    return f"{head.removesuffix('.base')}.{last}" if head else last

@@ -1,0 +1,71 @@
+"""A frozen linear layer with a trained low-rank update.
+
+Shape suffixes: I in_features, O out_features, R rank; `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+def features(base: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in_features, out_features); GPT-2's Conv1D stores its weight transposed."""
+    if isinstance(base, Conv1D):
+        return base.weight.shape[0], base.weight.shape[1]
+    return base.in_features, base.out_features
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + s B A drop(x): W and b frozen, A (R, I) and B (O, R) trained.  arXiv:2106.09685, eq. 3
+
+    A and B are float32 whatever the base is stored in; the products run in the dtype of the input, which is
+    the base's. With B = 0 the output is the base's, bit for bit.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, r: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        in_features, out_features = features(base)
+        device = base.weight.device
+        self.base = base
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        z_R = F.linear(self.dropout(x_I), self.lora_A.to(x_I.dtype))
+        return self.base(x_I) + self.scaling * F.linear(z_R, self.lora_B.to(x_I.dtype))
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    # Model code that looks at a layer's weight (its dtype, its shape) finds the base's.
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """W + s B A in float32; the caller rounds once. ``transposed`` for weights stored (I, O)."""
+    update_OI = scaling * (lora_B.float() @ lora_A.float())
+    return weight.float() + (update_OI.T if transposed else update_OI)

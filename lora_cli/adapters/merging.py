@@ -1,0 +1,128 @@
+"""Folding an adapter into the weight files of its base, one tensor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lora_cli.adapters.files import Adapter
+from lora_cli.adapters.layer import fold
+from lora_cli.errors import UsageError
+from lora_cli.hub import weight_files
+from lora_cli.storage import write_json
+from lora_cli.tensorfile import DTYPES, NAMES, Entry, tensor_table, write_tensors
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the names in a base's files relate to the parameters of the model that loads them."""
+
+    parameters: set[str]
+    prefix: str  # base_model_prefix: files saved from the bare base lack it
+    keep_foreign: bool  # keep what is no parameter; else drop what belongs to another head
+
+    def parameter(self, key: str) -> str | None:
+        """The parameter that a file's tensor becomes."""
+        for name in (key, _modern(key)):
+            for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
+                if candidate in self.parameters:
+                    return candidate
+        return None
+
+    def written(self, key: str) -> str | None:
+        """The name under which it is written again; None where it is left out."""
+        parameter = self.parameter(key)
+        if parameter is not None:
+            return parameter
+        return key if self.keep_foreign or key.startswith(f"{self.prefix}.") else None
+
+
+def _modern(key: str) -> str:
+    """Old checkpoints call a LayerNorm's weight gamma and its bias beta."""
+    if key.endswith("LayerNorm.gamma"):
+        return key.removesuffix("gamma") + "weight"
+    return key.removesuffix("beta") + "bias" if key.endswith("LayerNorm.beta") else key
+
+
+def merge_files(
+    base: Path, folder: Path, adapter: Adapter, naming: Naming, transposed: set[str], dtype: torch.dtype | None
+) -> None:
+    """Write the merged weights into ``folder``, in the base's shards, holding one tensor at a time.
+
+    W + s B A is accumulated in float32 and rounded once, to ``dtype`` or the type it is stored in. Raises
+    ``UsageError`` for an adapted layer whose weight the files do not hold.
+    """
+    files = weight_files(base)
+    missing = _missing(files, adapter, naming)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for path in files:
+        shard = _Shard(path, adapter, naming, transposed, dtype)
+        added = missing if path == files[-1] else {}
+        total += write_tensors(folder / path.name, [*shard.entries, *_entries(added, dtype)], shard.producer(added))
+        weight_map |= dict.fromkeys([*shard.sources, *added], path.name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
+    """Parameters trained in full that the base's files do not hold: a new head."""
+    held = {naming.parameter(entry.name) for path in files for entry in tensor_table(path)}
+    absent = [name for name in adapter.updates if f"{name}.weight" not in held]
+    if absent:
+        raise UsageError(f"the base's files hold no weight for {', '.join(sorted(absent)[:4])}")
+    return {name: tensor for name, tensor in adapter.saved.items() if name not in held}
+
+
+def _entries(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[Entry]:
+    return [Entry(name, NAMES[dtype or tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+class _Shard:
+    """One weight file of the base, and what becomes of each of its tensors."""
+
+    def __init__(
+        self, path: Path, adapter: Adapter, naming: Naming, transposed: set[str], dtype: torch.dtype | None
+    ) -> None:
+        self.path = path
+        self.adapter = adapter
+        self.transposed = transposed
+        self.sources: dict[str, str] = {}  # written name -> name in the base's file
+        self.entries: list[Entry] = []
+        for entry in tensor_table(path):
+            if entry.dtype not in DTYPES:
+                raise UsageError(f"{path}: {entry.name} is stored as {entry.dtype}, which cannot be merged")
+            written = naming.written(entry.name)
+            if written is not None:
+                self.sources[written] = entry.name
+                self.entries.append(Entry(written, _stored_as(entry, dtype), entry.shape))
+
+    def producer(self, added: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+        """The function that makes each tensor of the new file."""
+        handle = safe_open(self.path, framework="pt")
+
+        def produce(entry: Entry) -> Tensor:
+            if entry.name in added:
+                return added[entry.name].to(DTYPES[entry.dtype])
+            return self._merged(entry.name, handle.get_tensor(self.sources[entry.name])).to(DTYPES[entry.dtype])
+
+        return produce
+
+    def _merged(self, name: str, tensor: Tensor) -> Tensor:
+        if name in self.adapter.saved:
+            return self.adapter.saved[name]
+        module = name.removesuffix(".weight")
+        update = self.adapter.updates.get(module) if name.endswith(".weight") else None
+        if update is None:
+            return tensor
+        return fold(tensor, update.lora_A, update.lora_B, update.scaling, module in self.transposed)
+
+
+def _stored_as(entry: Entry, dtype: torch.dtype | None) -> str:
+    floating = DTYPES[entry.dtype].is_floating_point
+    return NAMES[dtype] if dtype is not None and floating else entry.dtype

@@ -1,0 +1,239 @@
+"""The door: flags become plain calls, errors become one message and an exit code. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lora_cli
+from lora_cli.errors import LoraError
+
+app = typer.Typer(
+    name="lora",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune language models with low-rank adapters from one YAML recipe.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 recipe or usage, 3 non-finite loss, 4 out of memory, 5 storage, 6 data, "
+    "7 output folder in use, 128 + n stopped by signal n.",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE ...]", help="Change keys, e.g. training.learning_rate=1e-4.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Read it first.")
+]
+Base = Annotated[str | None, typer.Option("--base", help="The base model, if not where the adapter says.")]
+
+
+def door(command: Callable[..., None]) -> Callable[..., None]:
+    """The one place where an error becomes a message and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(**flags: Any) -> None:
+        try:
+            command(**flags)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:  # `lora ... | head`: nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BaseException as error:
+            code = _report(error, debug=flags.get("debug", False), as_json=flags.get("as_json", False))
+            raise typer.Exit(code) from None
+
+    return guarded
+
+
+def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
+    """Say what happened and return the exit code."""
+    if isinstance(error, LoraError):
+        code, text = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    else:
+        code, text = 1, f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
+    if debug:
+        traceback.print_exc()
+    typer.secho("error:", fg="red", bold=True, err=True, nl=False)
+    typer.echo(f" {text}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"error": {"exit_code": code, "kind": type(error).__name__, "message": text}}))
+    return code
+
+
+def _crash_log() -> str:
+    import platform
+
+    with tempfile.NamedTemporaryFile("w", prefix="lora-crash-", suffix=".log", delete=False) as file:
+        file.write(f"lora {lora_cli.__version__}, Python {platform.python_version()}, {platform.platform()}\n")
+        file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    return file.name
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora {lora_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with low-rank adapters from one YAML recipe."""
+
+
+@app.command()
+@door
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the earlier run is kept aside.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train; the same command again resumes. Writes the adapter and its figures to output_dir."""
+    from lora_cli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)  # a mistake is told before anything heavy is imported
+
+    from lora_cli.commands.train import train
+    from lora_cli.report.console import make_console
+    from lora_cli.report.training import Silence, TrainingScreen, show_outcome
+
+    console = make_console()
+    screen = Silence() if as_json else TrainingScreen(console)
+    try:
+        outcome = train(loaded, screen, fresh=fresh, remote_code=trust_remote_code)
+    finally:
+        screen.close()
+    if as_json:
+        _print_json(outcome.summary.to_dict())
+    else:
+        show_outcome(console, outcome)
+
+
+@app.command()
+@door
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell everything that can be known before training, in seconds and without weights."""
+    from lora_cli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+
+    from lora_cli.commands.check import check
+    from lora_cli.report.console import make_console
+    from lora_cli.report.plan import show_check
+
+    result = check(loaded, remote_code=trust_remote_code)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        show_check(make_console(), result)
+
+
+@app.command("count-params")
+@door
+def count_params(
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|ADAPTER|MODEL", help="A recipe, an adapter's folder or a model.")
+    ],
+    overrides: Overrides = None,
+    every_tensor: Annotated[bool, typer.Option("--all", help="List every tensor: name, 1 or 0, elements.")] = False,
+    base: Base = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Count parameters, total and learnable, from config.json alone."""
+    from lora_cli.commands.count_params import count_params
+    from lora_cli.report.console import make_console
+    from lora_cli.report.counting import show_counts
+
+    result = count_params(what, overrides, base=base, remote_code=trust_remote_code)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        show_counts(make_console(), result, every_tensor=every_tensor)
+
+
+@app.command()
+@door
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder, ours or PEFT's.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write (default: ADAPTER-merged).")
+    ] = None,
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as the base is stored).")
+    ] = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="Data file to compare on (default: the run's).")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the result with base + adapter.")] = True,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fold an adapter into its base, verify the result, and write a plain model folder."""
+    from lora_cli.errors import UsageError
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {dtype} is not known", "use float32, bfloat16 or float16")
+
+    from lora_cli.commands.merge import merge
+    from lora_cli.report.console import make_console
+    from lora_cli.report.merging import show_merge
+
+    target = output or adapter.parent / f"{adapter.resolve().name}-merged"
+    report = merge(adapter, target, base=base, dtype=dtype, rows=rows, verify=verify, remote_code=trust_remote_code)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        show_merge(make_console(), report)
+
+
+@app.command()
+@door
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table, the one in the README.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print every key of a recipe as a JSON schema, for editors, or as a table."""
+    from lora_cli.recipe.document import json_schema, key_table
+
+    typer.echo(key_table() if markdown else json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,113 @@
+"""`lora check`: everything that can be known before training, without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_cli.commands.output import OutputFolder
+from lora_cli.commands.plan import Plan, make_plan
+from lora_cli.data.dataset import Counts
+from lora_cli.data.encoding import Example
+from lora_cli.recipe import LoadedRecipe
+from lora_cli.storage import free_bytes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Least, median and most of a quantity over rows."""
+
+    minimum: int
+    median: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """One row as the model sees it: pieces of text, and whether each is supervised."""
+
+    where: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A plan with the figures that only a check shows."""
+
+    plan: Plan
+    tokens: Spread
+    targets: Spread
+    free_bytes: int
+    excerpt: Excerpt
+
+    def to_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "task": plan.recipe.task,
+            "method": plan.recipe.method,
+            "model": plan.recipe.model.name,
+            "format": plan.dataset.format,
+            "train": _counts(plan.dataset.train_counts),
+            "eval": _counts(plan.dataset.eval_counts),
+            "tokens_per_row": asdict(self.tokens),
+            "targets_per_row": asdict(self.targets),
+            "labels": plan.labels,
+            "targets": [asdict(target) for target in plan.model.targets],
+            "modules_to_save": plan.model.saved,
+            "parameters": {
+                "total": plan.model.counted.total,
+                "learnable": plan.model.counted.trainable,
+                "percent": round(plan.model.counted.percent, 4),
+            },
+            "steps": plan.total_steps,
+            "steps_per_epoch": plan.steps.steps_per_epoch,
+            "warmup_steps": plan.warmup_steps,
+            "rows_per_step": plan.steps.rows_per_step,
+            "device": plan.device.type,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "disk_bytes": plan.disk_bytes,
+            "free_bytes": self.free_bytes,
+            "notes": plan.notes,
+        }
+
+
+def check(loaded: LoadedRecipe, *, remote_code: bool = False) -> Check:
+    """Do what `lora train` does before its first step. Raises the same errors."""
+    output = OutputFolder(Path(loaded.recipe.output_dir).expanduser(), loaded.recipe.method)
+    output.check_usable()
+    plan = make_plan(loaded, remote_code=remote_code)
+    examples = plan.dataset.train
+    return Check(
+        plan,
+        spread([len(example.input_ids) for example in examples]),
+        spread([example.num_targets for example in examples]),
+        free_bytes(output.root),
+        excerpt(examples[0], plan),
+    )
+
+
+def spread(values: list[int]) -> Spread:
+    return Spread(min(values), int(np.median(values)), max(values))
+
+
+def excerpt(example: Example, plan: Plan) -> Excerpt:
+    pieces = [
+        (plan.tokenizer.decode(example.input_ids[start:end]), bool(example.supervised[start]))
+        for start, end in _runs(example.supervised)
+    ]
+    return Excerpt(example.where, pieces)
+
+
+def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Stretches of equal values, as (start, end)."""
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    yield from pairwise(edges)
+
+
+def _counts(counts: Counts) -> dict[str, Any]:
+    return asdict(counts) | {"bad": [str(row) for row in counts.bad]}

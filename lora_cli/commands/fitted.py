@@ -1,0 +1,92 @@
+"""An adapter folder together with the base it belongs to, checked to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
+from lora_cli.adapters.injection import attach, freeze_base
+from lora_cli.commands.provenance import Provenance, read_provenance
+from lora_cli.errors import UsageError
+from lora_cli.hub import model_folder
+from lora_cli.models import empty_model, read_config, set_labels
+
+
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter, its base's folder, and the base's modules on the meta device."""
+
+    folder: Path
+    adapter: Adapter
+    provenance: Provenance
+    base: Path
+    config: PreTrainedConfig
+    skeleton: PreTrainedModel
+
+    @property
+    def task(self) -> str:
+        return self.adapter.task
+
+    @property
+    def transposed(self) -> set[str]:
+        """Modules that store their weight (in, out)."""
+        return {name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D)}
+
+
+def fit_adapter(
+    folder: Path, base: str | None = None, *, weights: bool = True, remote_code: bool = False
+) -> FittedAdapter:
+    """Read an adapter and find its base.
+
+    Raises ``UsageError`` where the base is not to be found, or has other modules or shapes.
+    """
+    adapter = read_adapter(folder)
+    base_folder = _base_folder(folder, adapter, base, weights, remote_code)
+    config = read_config(base_folder, remote_code=remote_code)
+    provenance = read_provenance(folder)
+    if adapter.task == "sequence_classification":
+        set_labels(config, _labels(adapter, provenance, config))
+    skeleton = empty_model(config, adapter.task, remote_code=remote_code)
+    fitted = FittedAdapter(folder, adapter, provenance, base_folder, config, skeleton)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    wrong = mismatches(adapter, shapes, fitted.transposed)
+    if wrong:
+        shown = "\n".join(f"    {line}" for line in wrong[:10])
+        more = f"\n    ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise UsageError(
+            f"{folder} does not fit the base {base_folder}:\n{shown}{more}", "name the right base with --base"
+        )
+    return fitted
+
+
+def _base_folder(folder: Path, adapter: Adapter, base: str | None, weights: bool, remote_code: bool) -> Path:
+    name = base or adapter.base
+    if not name:
+        raise UsageError(f"{folder} does not say which base it belongs to", "name it with --base")
+    revision = None if base else adapter.config.get("revision")
+    try:
+        return model_folder(name, revision, weights=weights, remote_code=remote_code).path
+    except UsageError as error:
+        raise UsageError(f"the adapter's base: {error.message}", "name its folder with --base") from error
+
+
+def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) -> list[str]:
+    """The names of the classes; their number from the head that the adapter holds."""
+    if provenance.labels:
+        return provenance.labels
+    heads = [t for name, t in adapter.saved.items() if name.endswith("weight") and t.ndim == 2]
+    count = min((t.shape[0] for t in heads), default=config.num_labels)
+    names = [str(config.id2label.get(index, index)) for index in range(count)]
+    return names if count == config.num_labels else [f"LABEL_{index}" for index in range(count)]
+
+
+def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
+    """Put the adapter's layers on a model of its base; their values are still to be loaded."""
+    attach(model, targets_of(fitted.adapter))
+    saved = sorted({name.rsplit(".", 1)[0] for name in fitted.adapter.saved})
+    freeze_base(model, saved)

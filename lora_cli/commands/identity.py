@@ -1,0 +1,58 @@
+"""What makes a run the same run: the recipe's keys that change its numbers, its rows and its base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_cli.commands.plan import Plan
+from lora_cli.errors import KeyPath, Mistake, RecipeError
+from lora_cli.recipe import Recipe
+
+# Keys that change what is shown, kept or where, but no number of the training.
+FREE_KEYS = {
+    "output_dir",
+    "dataset.path",  # the rows themselves are compared
+    "dataset.eval_path",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.report_to",
+    "training.per_device_eval_batch_size",
+}
+
+
+def identity(plan: Plan, base_fingerprint: str) -> dict[str, Any]:
+    """Flat, so that a difference has a name."""
+    return fixed_keys(plan.recipe) | {
+        "rows": plan.dataset.fingerprint(),
+        "base": base_fingerprint,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+    }
+
+
+def fixed_keys(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        entries = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {key: entry for key, entry in entries.items() if key not in FREE_KEYS}
+    return flat
+
+
+_PLACES: dict[str, KeyPath] = {"rows": ("dataset", "path"), "base": ("model", "path"), "dtype": ("model", "dtype")}
+_CURE = "put it back to go on, type --fresh to start over, or choose another output_dir"
+
+
+def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ``RecipeError`` with every difference."""
+    mistakes = []
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) == now.get(name):
+            continue
+        if name in ("rows", "base"):
+            what = {"rows": "holds other rows", "base": "holds other weights"}[name]
+            mistakes.append(Mistake(_PLACES[name], f"{what} than when this run began", _CURE))
+        else:
+            path = _PLACES.get(name, tuple(name.split(".")))
+            mistakes.append(Mistake(path, f"was {then.get(name)} when this run began, and is {now.get(name)}", _CURE))
+    if mistakes:
+        raise RecipeError(mistakes)

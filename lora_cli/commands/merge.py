@@ -1,0 +1,262 @@
+"""`lora merge`: fold an adapter into its base, and measure that the result is what was trained."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.adapters.merging import Naming, merge_files
+from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, logits_of
+from lora_cli.commands.fitted import FittedAdapter, attach_fitted, fit_adapter
+from lora_cli.commands.plan import make_plan
+from lora_cli.data.encoding import Example
+from lora_cli.data.rows import read_rows
+from lora_cli.device import memory_errors
+from lora_cli.errors import LoraError, StorageError, UsageError
+from lora_cli.hub import weight_files
+from lora_cli.models import fingerprint, load_model, quiet, read_config, read_tokenizer
+from lora_cli.recipe import DatasetSection, load_recipe
+from lora_cli.storage import free_bytes, new_folder, write_json
+from lora_cli.tensorfile import DTYPES, tensor_table
+
+MEMORY_CURE = "type --no-verify to merge without loading both models"
+COPIED = ("generation_config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+)
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Once upon a time there was a little girl who lived near a great forest.",
+    "Water boils at one hundred degrees, and freezes at zero.",
+    "What is the sum of seven and twelve? It is nineteen.",
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """``merge_report.json``."""
+
+    adapter: str
+    base: str
+    output: str
+    dtype: str  # of the merged floating tensors
+    bytes: int
+    rows: str | None  # where the compared rows come from; none: not compared
+    agreement: Agreement | None
+    limit_mean_kl: float
+    within_limit: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    rows: str | None = None,
+    verify: bool = True,
+    remote_code: bool = False,
+) -> MergeReport:
+    """Write base + adapter as a plain model folder.
+
+    Raises ``UsageError`` for an adapter on the wrong base or a folder that exists, ``StorageError`` where the
+    merged model differs from the trained one by more than the limit; then no folder is left.
+    """
+    # 1. what can be wrong before anything is written
+    _check_output(output)
+    fitted = fit_adapter(adapter, base, remote_code=remote_code)
+    _check_fingerprint(fitted)
+    wanted = getattr(torch, dtype) if dtype else None
+    stored = wanted or _stored_dtype(fitted.base)
+    _check_space(fitted.base, output, wanted)
+    tokenizer_folder = _tokenizer_folder(fitted)
+    # 2. merge, verify and publish: a kill before the last rename leaves no folder
+    with new_folder(output) as folder:
+        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        _write_config(fitted, folder, wanted, tokenizer_folder)
+        _copy(TOKENIZER_FILES, tokenizer_folder, folder)
+        _copy(COPIED, fitted.base, folder)
+        agreement, source = None, None
+        if verify:
+            tokenizer = read_tokenizer(tokenizer_folder or folder, remote_code=remote_code)
+            examples, source = _rows(fitted, tokenizer, rows)
+            agreement = _measure(fitted, folder, examples, stored, remote_code)
+        report = _report(fitted, folder, output, stored, agreement, source)
+        _check_agreement(report)
+        write_json(folder / "merge_report.json", report.to_dict())
+    return report
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise UsageError(f"{output} exists already", "name another folder with -o")
+
+
+def _check_fingerprint(fitted: FittedAdapter) -> None:
+    recorded = fitted.provenance.base_fingerprint
+    if recorded is not None and fingerprint(fitted.base) != recorded:
+        raise UsageError(
+            f"{fitted.base} is not the base that {fitted.folder} was trained on: the names and shapes are the same, "
+            "the weights are not",
+            "name the right base with --base",
+        )
+
+
+def _stored_dtype(base: Path) -> torch.dtype:
+    """The type of most of the base's bytes."""
+    sizes: dict[str, int] = {}
+    for path in weight_files(base):
+        for entry in tensor_table(path):
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
+    return DTYPES[max(sizes, key=lambda name: sizes[name])]
+
+
+def _check_space(base: Path, output: Path, wanted: torch.dtype | None) -> None:
+    needed = sum(path.stat().st_size for path in weight_files(base))
+    if wanted is not None:
+        needed = int(needed * wanted.itemsize / _stored_dtype(base).itemsize)
+    free = free_bytes(output)
+    if needed > free:
+        raise StorageError(
+            f"the merged model needs {needed / 1e9:.1f} GB at {output}, and {free / 1e9:.1f} GB are free"
+        )
+
+
+def _naming(fitted: FittedAdapter) -> Naming:
+    names = {name for name, _ in fitted.skeleton.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in fitted.skeleton.named_buffers()}
+    return Naming(names, fitted.skeleton.base_model_prefix, keep_foreign=fitted.task == "causal_lm")
+
+
+def _tokenizer_folder(fitted: FittedAdapter) -> Path | None:
+    """The adapter's tokenizer where it has one, else the base's."""
+    for folder in (fitted.folder, fitted.base):
+        if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+            return folder
+    return None
+
+
+def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | None, tokenizer: Path | None) -> None:
+    """The base's configuration; a classifier's says what its head is and which id is padding."""
+    if fitted.task == "causal_lm" and wanted is None:
+        shutil.copyfile(fitted.base / "config.json", folder / "config.json")
+        return
+    config = read_config(fitted.base)
+    if fitted.task == "sequence_classification":
+        config = fitted.config
+        config.architectures = [type(fitted.skeleton).__name__]
+        if config.pad_token_id is None and tokenizer is not None:
+            config.pad_token_id = read_tokenizer(tokenizer).pad_token_id
+    if wanted is not None:
+        config.dtype = wanted
+    with quiet():
+        config.save_pretrained(folder)
+
+
+def _copy(names: tuple[str, ...], source: Path | None, folder: Path) -> None:
+    for name in names:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _rows(fitted: FittedAdapter, tokenizer: PreTrainedTokenizerFast, path: str | None) -> tuple[list[Example], str]:
+    """Rows to compare on: those asked for, else the run's own held-out rows, else a few sentences."""
+    if path is not None:
+        section = DatasetSection(path=[path])
+        texts = [_texts(row.columns) for row in read_rows(section, [path], "train").rows]
+        return _plain_rows(tokenizer, texts), path
+    recipe = fitted.folder.parent / "resolved.yaml"
+    if recipe.is_file():
+        try:
+            dataset = make_plan(load_recipe(recipe)).dataset
+        except LoraError:  # the rows may have moved since; sentences serve as well
+            pass
+        else:
+            return compared_rows(dataset.eval or dataset.train), "held-out rows" if dataset.eval else "training rows"
+    return _plain_rows(tokenizer, list(SENTENCES)), "built-in sentences"
+
+
+def _texts(columns: dict[str, Any]) -> str:
+    return "\n".join(value for value in columns.values() if isinstance(value, str)) or str(columns)
+
+
+def _plain_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Example]:
+    import numpy as np
+
+    rows = []
+    for text in texts:
+        ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+        rows.append(Example(ids, np.zeros(len(ids), dtype=bool), "text", label=0))
+    return compared_rows([row for row in rows if len(row.input_ids)])
+
+
+def _measure(
+    fitted: FittedAdapter, merged: Path, rows: list[Example], stored: torch.dtype, remote_code: bool
+) -> Agreement:
+    """Both in float32, so that what differs is the rounding of the weights alone; one after the other."""
+    with memory_errors(MEMORY_CURE):
+        reference = _reference_logits(fitted, rows, remote_code)
+        gc.collect()
+        config = read_config(merged, remote_code=remote_code)
+        model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
+        return compare(reference, logits_of(model, fitted.task, rows))
+
+
+def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> Tensor:
+    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
+    attach_fitted(model, fitted)
+    trained = {name: tensor.float() for name, tensor in tensors_of(fitted.adapter).items()}
+    load_trained(model, trained)
+    return logits_of(model, fitted.task, rows)
+
+
+def _report(
+    fitted: FittedAdapter,
+    folder: Path,
+    output: Path,
+    stored: torch.dtype,
+    agreement: Agreement | None,
+    source: str | None,
+) -> MergeReport:
+    limit = LIMITS.get(stored, LIMITS[torch.bfloat16])
+    return MergeReport(
+        adapter=os.fspath(fitted.folder),
+        base=os.fspath(fitted.base),
+        output=os.fspath(output),
+        dtype=str(stored).removeprefix("torch."),
+        bytes=sum(path.stat().st_size for path in weight_files(folder)),
+        rows=source,
+        agreement=agreement,
+        limit_mean_kl=limit,
+        within_limit=agreement.within(limit) if agreement else None,
+    )
+
+
+def _check_agreement(report: MergeReport) -> None:
+    if report.within_limit is False and report.agreement is not None:
+        figures = report.agreement
+        raise StorageError(
+            f"the merged model is not the trained one: mean KL {figures.mean_kl:.2e} nats over {figures.positions} "
+            f"positions, limit {report.limit_mean_kl:.0e}; nothing was written",
+            "merge with --dtype float32, and report this if it differs there too",
+        )

@@ -1,0 +1,183 @@
+"""The output folder of a run: what is in it, whose it is, and what a finished run leaves there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import lora_cli
+from lora_cli.adapters.files import peft_config, save_adapter, trained_tensors
+from lora_cli.commands.card import model_card
+from lora_cli.commands.plan import Plan
+from lora_cli.commands.provenance import Provenance
+from lora_cli.errors import UsageError
+from lora_cli.models import quiet
+from lora_cli.storage import is_intact, new_folder, storage_errors, write_json, write_text
+from lora_cli.tasks import Metrics
+
+OURS = ("recipe.yaml", "resolved.yaml")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``summary.json``: the figures that a run ends with."""
+
+    before: Metrics
+    after: Metrics
+    metric_for_best_model: str
+    best_step: int | None
+    steps: int
+    total_steps: int
+    epochs: float
+    stopped_early: bool
+    train_loss: float | None
+    tokens: int
+    tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: int
+    parameters: dict[str, float]
+    rows: dict[str, int]
+    device: str
+    dtype: str
+    result: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Paths below ``output_dir``."""
+
+    root: Path
+    method: str
+
+    @property
+    def result(self) -> Path:
+        """What people take away: an adapter, or a plain model folder for the baselines."""
+        return self.root / ("adapter" if self.method == "lora" else "model")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def base(self) -> Path:
+        """The base of a run that began from a random model: without it the adapter would fit nothing."""
+        return self.root / "base"
+
+    def check_usable(self) -> None:
+        """Raises ``UsageError`` for a path that is no folder, or a folder with somebody else's files."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UsageError(f"output_dir {self.root} is a file")
+        if not self.root.is_dir():
+            return
+        entries = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
+        if entries and not any((self.root / name).exists() for name in OURS):
+            raise UsageError(
+                f"output_dir {self.root} holds other files ({', '.join(sorted(entries)[:3])}) and no run of lora",
+                "choose a folder that is empty or does not exist",
+            )
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run into ``earlier-001`` and so on; nothing is deleted."""
+        entries = [e for e in self.root.iterdir() if e.name != ".lock" and not e.name.startswith("earlier-")]
+        if not entries:
+            return None
+        number = 1 + len(list(self.root.glob("earlier-*")))
+        target = self.root / f"earlier-{number:03d}"
+        with storage_errors(target):
+            target.mkdir()
+            for entry in entries:
+                os.rename(entry, target / entry.name)
+        return target
+
+    def is_complete(self) -> bool:
+        return self.summary.is_file() and is_intact(self.result)
+
+    def read_summary(self) -> Summary:
+        return Summary(**json.loads(self.summary.read_text(encoding="utf-8")))
+
+    def write_recipe(self, plan: Plan) -> None:
+        write_text(self.root / "recipe.yaml", plan.loaded.text)
+        write_text(self.root / "resolved.yaml", resolved_text(plan))
+
+
+def resolved_text(plan: Plan) -> str:
+    """The recipe with every default filled in; what is not a key stands in comments, so it stays a recipe."""
+    values = plan.recipe.model_dump(exclude_none=True)
+    commit = plan.model.folder.commit if plan.model.folder else None
+    if commit:
+        values["model"]["revision"] = commit
+    header = [f"# {name} {version}" for name, version in versions().items()]
+    header.append(
+        f"# dtype {str(plan.dtype).removeprefix('torch.')} on {plan.device.type}, base commit {commit or 'none'}"
+    )
+    return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "lora-cli": lora_cli.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save_result(
+    output: OutputFolder,
+    plan: Plan,
+    model: PreTrainedModel,
+    config: dict[str, Any] | None,
+    summary: Summary,
+    base_fingerprint: str,
+) -> None:
+    """Write the adapter (or the model), the tokenizer and a model card, all at once; then the summary."""
+    with new_folder(output.result, replace=True) as folder:
+        if config is not None:
+            save_adapter(folder, trained_tensors(model), config)
+            Provenance(base_fingerprint, plan.labels).write(folder)
+        else:
+            with quiet():
+                model.save_pretrained(folder)
+        save_tokenizer(folder, plan.tokenizer, plan.recipe.dataset.chat_template)
+        write_text(folder / "README.md", model_card(plan, summary))
+    write_json(output.summary, summary.to_dict())
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> None:
+    """The tokenizer as it was used: with the recipe's template, if it names one."""
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+    with quiet():
+        tokenizer.save_pretrained(folder)
+
+
+def adapter_config(plan: Plan, model: PreTrainedModel, base: str) -> dict[str, Any] | None:
+    """PEFT's configuration of this run's adapter; none for the baselines."""
+    if plan.recipe.method != "lora":
+        return None
+    commit = plan.model.folder.commit if plan.model.folder else None
+    revision = commit or plan.recipe.model.revision
+    return peft_config(model, plan.recipe.lora, plan.recipe.task, plan.model.saved, base=base, revision=revision)

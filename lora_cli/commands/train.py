@@ -1,0 +1,241 @@
+"""`lora train`: from a recipe to an adapter, going on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_cli.adapters.files import load_trained
+from lora_cli.adapters.initialisation import initialise
+from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.identity import check_same_run, identity
+from lora_cli.commands.output import OutputFolder, Summary, adapter_config, save_result, versions
+from lora_cli.commands.plan import Plan, located, make_plan, prepare
+from lora_cli.device import memory_errors, peak_memory_bytes
+from lora_cli.errors import UsageError
+from lora_cli.hub import model_folder
+from lora_cli.models import fingerprint, load_model, quiet, random_model
+from lora_cli.recipe import LoadedRecipe
+from lora_cli.seeds import stream_seed
+from lora_cli.storage import hold_folder, is_intact, new_folder
+from lora_cli.tasks import TASKS
+from lora_cli.training.checkpoint import Checkpoints, State, read_trained, restore
+from lora_cli.training.loop import LoopSettings
+from lora_cli.training.metrics import MetricsFile, build_trackers
+from lora_cli.training.optimizer import build_optimizer
+from lora_cli.training.run import Observer, Run
+from lora_cli.training.signals import StopRequest
+
+LOADING_CURE = "use a smaller model, or model.dtype: bfloat16"
+
+
+class TrainObserver(Observer, Protocol):
+    """A run's observer that is also told of its beginning."""
+
+    def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished `lora train` has to show."""
+
+    plan: Plan
+    output: OutputFolder
+    summary: Summary
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    already_finished: bool = False
+
+
+def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False, remote_code: bool = False) -> Outcome:
+    """Train as the recipe says. Raises any ``LoraError``; ``Stopped`` after a signal."""
+    # 1. everything that can be wrong before a weight is read
+    output = OutputFolder(Path(loaded.recipe.output_dir).expanduser(), loaded.recipe.method)
+    output.check_usable()
+    plan = make_plan(loaded, remote_code=remote_code)
+    with located(loaded), hold_folder(output.root):
+        # 2. is this the beginning, the continuation or the end of a run?
+        set_aside = output.set_aside() if fresh else None
+        base = base_folder(plan, output)
+        now = identity(plan, fingerprint(base))
+        checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
+        found = checkpoints.newest()
+        state = found[1] if found else State(run=now)
+        check_same_run(state.run, now)
+        output.write_recipe(plan)
+        observer.begins(plan, output, state, set_aside)
+        if is_finished(plan, state) and output.is_complete():
+            metrics = MetricsFile(output.metrics, state.metrics_bytes)
+            return Outcome(plan, output, output.read_summary(), metrics.read(), already_finished=True)
+        # 3. the model, and the weights of the checkpoint
+        with memory_errors(LOADING_CURE):
+            model = build_model(plan, base, remote_code=remote_code)
+            optimizer = build_optimizer(model, plan.recipe.training)
+        torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
+        if found:
+            restore(found[0], model, optimizer)
+        # 4. train
+        config = adapter_config(
+            plan, model, base=str(base) if plan.model.folder is None else plan.recipe.model.path or ""
+        )
+        run = build_run(plan, output, model, optimizer, checkpoints, state, config, observer)
+        with run.stop:
+            try:
+                run.execute()
+            finally:
+                for tracker in run.trackers:
+                    tracker.close()
+        # 5. the best adapter, and the figures
+        if state.best is not None and state.best.step != state.step:
+            load_trained(model, read_trained(checkpoints.path(state.best.step)))
+        lines = run.metrics.read()
+        summary = summarise(plan, output, state, lines)
+        save_result(output, plan, model, config, summary, now["base"])
+        return Outcome(plan, output, summary, lines)
+
+
+def is_finished(plan: Plan, state: State) -> bool:
+    evaluated = not plan.dataset.eval or state.evaluated_step == state.step
+    return (state.step == plan.total_steps or state.stopped_early) and evaluated
+
+
+def base_folder(plan: Plan, output: OutputFolder) -> Path:
+    """The folder of the base's weights; a random base is made once and kept with the run."""
+    recipe = plan.recipe
+    if plan.model.folder is not None:
+        assert recipe.model.path is not None
+        return model_folder(recipe.model.path, recipe.model.revision).path
+    if not is_intact(output.base):
+        # float32 as drawn: what is rounded is the run's choice, not the file's
+        model = random_model(plan.model.config, recipe.task, torch.float32, recipe.training.seed)
+        with new_folder(output.base, replace=True) as folder, quiet():
+            model.save_pretrained(folder)
+    return output.base
+
+
+def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrainedModel:
+    """The base with its weights, adapters attached and initialised, on the device, ready to train."""
+    recipe = plan.recipe
+    torch.manual_seed(stream_seed(recipe.training.seed, "head"))  # transformers draws what the files do not hold
+    model, missing = load_model(
+        base,
+        plan.model.config,
+        recipe.task,
+        plan.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        remote_code=remote_code,
+    )
+    _check_missing(missing, plan, base)
+    prepare(model, recipe)
+    initialise(adapters_of(model), recipe.lora.init_lora_weights, recipe.training.seed)
+    model.to(plan.device)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    if recipe.training.torch_compile:
+        compile_layers(model)
+    return model
+
+
+def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
+    """Parameters that the files lack are random: fine in a part that is trained, ruinous in a frozen one."""
+    if plan.recipe.method == "full":
+        allowed = [
+            name for name, _ in plan.model.skeleton.named_children() if name != plan.model.skeleton.base_model_prefix
+        ]
+        allowed = allowed if plan.recipe.task == "sequence_classification" else []
+    else:
+        allowed = plan.model.saved
+    frozen = [name for name in missing if not any(name.startswith(f"{module}.") for module in allowed)]
+    if frozen:
+        modules = sorted({name.rsplit(".", 1)[0] for name in frozen})
+        raise UsageError(
+            f"the weights in {base} lack {', '.join(frozen[:4])}{' and more' if len(frozen) > 4 else ''}: "
+            "they would be random",
+            f"is this the right model? To train them, set lora.modules_to_save: [{', '.join(modules[:4])}]",
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in layers or [model]:
+        module.compile(dynamic=True)
+
+
+def build_run(
+    plan: Plan,
+    output: OutputFolder,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints,
+    state: State,
+    config: dict[str, Any] | None,
+    observer: Observer,
+) -> Run:
+    training = plan.recipe.training
+    return Run(
+        model=model,
+        task=TASKS[plan.recipe.task],
+        train=plan.dataset.train,
+        eval=plan.dataset.eval,
+        plan=plan.steps,
+        training=training,
+        settings=LoopSettings(
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.lr_scheduler_type,
+            warmup_steps=plan.warmup_steps,
+            total_steps=plan.total_steps,
+            max_grad_norm=training.max_grad_norm,
+            pad_id=plan.pad_id,
+        ),
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        metrics=MetricsFile(output.metrics, state.metrics_bytes),
+        trackers=build_trackers(training.report_to, output.root, plan.recipe.model_dump(mode="json")),
+        adapter_config=config,
+        state=state,
+        observer=observer,
+        stop=StopRequest(),
+        device=plan.device,
+    )
+
+
+def summarise(plan: Plan, output: OutputFolder, state: State, lines: list[dict[str, Any]]) -> Summary:
+    counted = plan.model.counted
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return Summary(
+        before=state.before,
+        after=state.best.metrics if state.best else {},
+        metric_for_best_model=plan.recipe.training.metric_for_best_model,
+        best_step=state.best.step if state.best else None,
+        steps=state.step,
+        total_steps=plan.total_steps,
+        epochs=plan.steps.epoch_of(state.step),
+        stopped_early=state.stopped_early,
+        train_loss=losses[-1] if losses else None,
+        tokens=state.tokens,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        train_seconds=state.seconds,
+        peak_memory_bytes=peak_memory_bytes(plan.device),
+        parameters={"total": counted.total, "trainable": counted.trainable, "percent": counted.percent},
+        rows={"train": len(plan.dataset.train), "eval": len(plan.dataset.eval)},
+        device=plan.device.type,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        result=os.fspath(output.result),
+        versions=versions(),
+    )

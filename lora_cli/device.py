@@ -1,0 +1,62 @@
+"""The device a run computes on, and what it is good at."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lora_cli.errors import OutOfMemoryError
+
+
+def choose_device(use_cpu: bool = False) -> torch.device:
+    """cuda, then mps, then cpu."""
+    if not use_cpu and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if not use_cpu and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device, *, trains_all: bool = False) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it in hardware, else float32.
+
+    Weights that are trained themselves stay float32: bfloat16's 8 bits would swallow their updates.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return torch.bfloat16 if not trains_all and computes_bfloat16(device) else torch.float32
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+@contextmanager
+def memory_errors(cure: str) -> Iterator[None]:
+    """Turn the ways in which torch reports exhausted memory into one error that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]}", cure) from error
+    except MemoryError as error:
+        raise OutOfMemoryError("out of memory", cure) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]}", cure) from error

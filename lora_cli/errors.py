@@ -1,0 +1,112 @@
+"""Everything that can go wrong for a reason outside this program, as one tree.
+
+    LoraError
+    ├── UsageError           2   a wrong flag, argument, model or adapter
+    │   └── RecipeError      2   one or more mistakes in a recipe, each with its place
+    ├── NonFiniteError       3   a loss or gradient that is not a number
+    ├── OutOfMemoryError     4   the device's memory did not suffice
+    ├── StorageError         5   storage is full, unwritable or damaged
+    ├── DataError            6   rows that cannot be used
+    ├── FolderInUseError     7   another run holds the output folder
+    └── Stopped        128 + n   signal n arrived; the state is saved
+
+Anything else that reaches the door (``cli.py``) is a bug: exit code 1 and a crash log.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_cli.recipe.source import Source
+
+KeyPath = tuple[str | int, ...]
+
+
+class LoraError(Exception):
+    """Something the user can mend. ``message`` says what, ``help`` says how."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, help: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.help = help
+
+    def __str__(self) -> str:
+        return self.message if self.help is None else f"{self.message}\n    help: {self.help}"
+
+
+class UsageError(LoraError):
+    """A flag, argument, model folder or adapter folder that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One wrong place of a recipe: the key it belongs to, what is wrong, and the way out."""
+
+    path: KeyPath
+    message: str
+    help: str | None = None
+    at_key: bool = False  # underline the key instead of its value
+
+    @property
+    def name(self) -> str:
+        return ".".join(str(part) for part in self.path)
+
+
+class RecipeError(UsageError):
+    """All mistakes of a recipe at once. ``source`` knows where each key was written."""
+
+    def __init__(self, mistakes: Iterable[Mistake], source: Source | None = None) -> None:
+        self.mistakes = list(mistakes)
+        self.source = source
+        super().__init__("; ".join(f"{m.name}: {m.message}" for m in self.mistakes))
+
+    def __str__(self) -> str:
+        if self.source is not None:
+            return self.source.render(self.mistakes)
+        lines = []
+        for mistake in self.mistakes:
+            lines.append(f"{mistake.name}: {mistake.message}")
+            if mistake.help:
+                lines.append(f"    help: {mistake.help}")
+        return "\n".join(lines)
+
+
+class NonFiniteError(LoraError):
+    """Raised before the update that would have destroyed the weights."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(LoraError):
+    exit_code = 4
+
+
+class StorageError(LoraError):
+    exit_code = 5
+
+
+class DataError(LoraError):
+    exit_code = 6
+
+
+class FolderInUseError(LoraError):
+    exit_code = 7
+
+
+class Stopped(LoraError):
+    """A signal asked the run to stop, and its state is on disk."""
+
+    def __init__(self, signum: int, message: str, help: str | None = None) -> None:
+        super().__init__(message, help)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.signum).name

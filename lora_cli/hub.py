@@ -1,0 +1,103 @@
+"""A model's folder on this machine: one that is there already, or the hub's files downloaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import UsageError
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "tokenizer*"]
+WEIGHTS = ["*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where a model's files are, and the commit they came from if they came from the hub."""
+
+    path: Path
+    commit: str | None = None
+
+
+def model_folder(
+    name: str, revision: str | None = None, *, weights: bool = True, remote_code: bool = False
+) -> ModelFolder:
+    """The folder of a hub id or path. Without ``weights`` only the small files are downloaded.
+
+    Raises ``UsageError`` where there is neither a folder nor an answer from the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelFolder(path)
+    if path.exists():
+        raise UsageError(f"{name} is a file; a model is a folder or a hub id")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise UsageError(f"there is no folder {name}", _similar_folder(path))
+    patterns = SMALL_FILES + (WEIGHTS if weights else []) + (["*.py"] if remote_code else [])
+    return _download(name, revision, patterns)
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UsageError(f"{name} is gated on the hub", "accept its terms there, then run: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(f"there is no folder {name}, and the hub knows no such model") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"there is no folder {name}, and the hub could not be reached for it ({reason})",
+            "check the spelling, or download the model and give its folder",
+        ) from error
+    return ModelFolder(path, commit=path.name)
+
+
+def _similar_folder(path: Path) -> str | None:
+    if not path.parent.is_dir():
+        return None
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in their index's order.
+
+    Raises ``UsageError`` for a folder with pickled weights only, or with none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = [folder / name for name in dict.fromkeys(weight_map(index).values())]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UsageError(f"{folder} lacks weight files named in its index: {', '.join(missing)}")
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickled = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickled:
+        raise UsageError(
+            f"{folder} holds pickled weights only ({', '.join(sorted(pickled)[:3])})",
+            "a pickle can run code when it is read: convert the model to safetensors first",
+        )
+    raise UsageError(f"{folder} holds no model.safetensors", "is this a model's folder?")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from a ``model.safetensors.index.json``."""
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        assert all(os.path.basename(name) == name for name in table.values())
+        return dict(table)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UsageError(f"{index} is not an index of weight files") from error

@@ -1,0 +1,234 @@
+"""The base model and its tokenizer: their configuration, an empty model to look at, the real one to train."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lora_cli.errors import Mistake, RecipeError, StorageError, UsageError
+from lora_cli.hub import ModelFolder, model_folder, weight_files
+from lora_cli.recipe import ModelSection
+from lora_cli.seeds import stream_seed
+from lora_cli.tensorfile import tensor_table
+
+AUTO_CLASSES = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the screen; errors still come through."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+
+
+def load_config(section: ModelSection, *, remote_code: bool = False) -> tuple[PreTrainedConfig, ModelFolder | None]:
+    """The model's configuration, and the folder it came from (none for an inline one)."""
+    if section.config is not None:
+        return _inline_config(section.config), None
+    assert section.path is not None
+    folder = model_folder(section.path, section.revision, weights=False, remote_code=remote_code)
+    return read_config(folder.path, remote_code=remote_code), folder
+
+
+def read_config(folder: Path, *, remote_code: bool = False) -> PreTrainedConfig:
+    """Raises ``UsageError`` for a folder without a ``config.json`` that transformers understands."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} holds no config.json", "is this a model's folder?")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise UsageError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
+
+
+def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration from a recipe; a misspelt key is refused, where transformers would keep it unread."""
+    known_types = list(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+    path = ("model", "config")
+    kind = values["model_type"]
+    if kind not in known_types:
+        raise RecipeError(
+            [Mistake((*path, "model_type"), f"is not a model type of transformers: {kind}", _near(kind, known_types))]
+        )
+    settings = {key: value for key, value in values.items() if key != "model_type"}
+    known = set(AutoConfig.for_model(kind).to_dict()) | {"num_labels"}
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        mistakes = [Mistake((*path, key), f"unknown key for {kind}", _near(key, known), at_key=True) for key in unknown]
+        raise RecipeError(mistakes)
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except Exception as error:
+        raise RecipeError([Mistake(path, f"is not a {kind} configuration: {first_line(error)}")]) from error
+
+
+def _near(word: Any, words: Any) -> str | None:
+    close = difflib.get_close_matches(str(word), list(words), n=1)
+    return f"did you mean {close[0]}?" if close else None
+
+
+def set_labels(config: PreTrainedConfig, labels: list[str]) -> None:
+    config.num_labels = len(labels)  # also resets the two tables below, so it comes first
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def model_class(config: PreTrainedConfig, task: str) -> Any:
+    """The Auto class of a task, where it knows this architecture."""
+    auto = AUTO_CLASSES[task]
+    if type(config) not in auto._model_mapping and not getattr(config, "auto_map", None):
+        raise UsageError(
+            f"{config.model_type} models have no {task} form in transformers",
+            "choose another task, or another model",
+        )
+    return auto
+
+
+def empty_model(config: PreTrainedConfig, task: str, *, remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device: no weights are read or allocated."""
+    auto = model_class(config, task)
+    try:
+        with quiet(), torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=remote_code)
+    except Exception as error:
+        raise UsageError(
+            f"no {config.model_type} model can be built from its configuration: {first_line(error)}"
+        ) from error
+
+
+def load_model(
+    folder: Path,
+    config: PreTrainedConfig,
+    task: str,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str = "auto",
+    remote_code: bool = False,
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base with its weights on the CPU, and the parameters that the files did not hold.
+
+    Raises ``UsageError`` for a folder without safetensors, ``StorageError`` for damaged files and for weights
+    that are not finite.
+    """
+    weight_files(folder)
+    try:
+        with quiet():
+            model, info = model_class(config, task).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=remote_code,
+                **_attention(attn_implementation),
+            )
+    except ImportError as error:
+        raise UsageError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        raise StorageError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+    check_finite(model, folder)
+    return model, sorted(info["missing_keys"])
+
+
+def random_model(
+    config: PreTrainedConfig, task: str, dtype: torch.dtype, seed: int, *, attn_implementation: str = "auto"
+) -> PreTrainedModel:
+    with quiet():
+        torch.manual_seed(stream_seed(seed, "model"))
+        return model_class(config, task).from_config(config, dtype=dtype, **_attention(attn_implementation))
+
+
+def _attention(name: str) -> dict[str, str]:
+    return {} if name == "auto" else {"attn_implementation": name}
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise StorageError(f"{name} in {folder} holds values that are not finite", "download the model again")
+
+
+def head_modules(model: PreTrainedModel, task: str) -> list[str]:
+    """A classifier's head: the children beside the base that hold parameters."""
+    if task != "sequence_classification":
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def load_tokenizer(section: ModelSection, *, remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Raises ``UsageError`` where there is no fast tokenizer: masks are derived from its offsets."""
+    assert section.tokenizer is not None
+    revision = section.revision if section.tokenizer == section.path else None
+    folder = model_folder(section.tokenizer, revision, weights=False, remote_code=remote_code)
+    return read_tokenizer(folder.path, remote_code=remote_code)
+
+
+def read_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedTokenizerFast:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+    except Exception as error:
+        raise UsageError(
+            f"{folder} holds no tokenizer that can be used: {first_line(error)}",
+            "set model.tokenizer to a folder or hub id",
+        ) from error
+    if not tokenizer.is_fast:
+        raise UsageError(f"{folder} holds no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of every tensor's name, type, shape, first and last bytes: a different base has another one.
+
+    Reads a few kilobytes a tensor instead of the whole model. Tensors are taken in the order of their names,
+    so a model cut into other shards is the same model.
+    """
+    pieces: dict[str, bytes] = {}
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            for entry in tensor_table(path):
+                file.seek(entry.start)
+                head = file.read(min(1024, entry.end - entry.start))
+                file.seek(max(entry.start, entry.end - 1024))
+                tail = file.read(entry.end - file.tell())
+                pieces[entry.name] = repr((entry.name, entry.dtype, entry.shape)).encode() + head + tail
+    return hashlib.sha256(b"".join(pieces[name] for name in sorted(pieces))).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

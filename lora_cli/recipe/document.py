@@ -1,0 +1,56 @@
+"""The schema in words: the key table of the README, and a JSON schema for editors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from lora_cli.recipe.schema import Recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """Sections may also be written as their shorthand, which the schema says too."""
+    schema = Recipe.model_json_schema()
+    for section in ("model", "dataset"):
+        reference = schema["properties"][section]
+        schema["properties"][section] = {"anyOf": [{"type": "string"}, reference]}
+    return schema
+
+
+def key_table() -> str:
+    """A Markdown table with one line a key."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in Recipe.model_fields.items():
+        rows.append(_row(name, field))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += [_row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
+    return "\n".join(rows)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    values = _choices(field.annotation)
+    choices = f" ({', '.join(values)})" if values else ""
+    meaning = f"{field.description}{choices}".replace("|", "\\|")
+    return f"| `{name}` | {_default(field)} | {meaning} |"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The members of a Literal that the description does not spell out."""
+    members = [get_args(part) for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return [f"`{value}`" for group in members for value in group]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "see meaning"
+    if field.default is PydanticUndefined:
+        return "**required**"
+    if isinstance(field.default, BaseModel):
+        return ""
+    if field.default is None or field.default in ({}, []):
+        return "none"
+    value = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    return f"`{value}`"

@@ -1,0 +1,145 @@
+"""What excludes what: rules that look at more than one key.
+
+A rule is a function from a recipe to the mistakes it finds, listed by hand in ``RULES``. Rules that need
+rows or a model stand where those are known (``commands/plan.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lora_cli.errors import Mistake
+from lora_cli.recipe.schema import LoraSection, Recipe
+from lora_cli.recipe.source import Source
+
+EVALUATION_METRICS = {
+    "causal_lm": ("eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"),
+    "sequence_classification": (
+        "eval_loss",
+        "eval_accuracy",
+        "eval_macro_f1",
+        "eval_matthews_correlation",
+    ),
+}
+
+
+def check_rules(recipe: Recipe, source: Source) -> list[Mistake]:
+    """Every rule that this recipe breaks."""
+    return [mistake for rule in RULES for mistake in rule(recipe, source)]
+
+
+def has_evaluation(recipe: Recipe) -> bool:
+    data = recipe.dataset
+    return bool(data.eval_path or data.eval_split or data.eval_size)
+
+
+def _one_model(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    model = recipe.model
+    if (model.path is None) == (model.config is None):
+        message = (
+            "needs a path, or a config for a random model"
+            if model.path is None
+            else ("has both a path and a config: a config builds a random model")
+        )
+        yield Mistake(("model",), message)
+    if model.config is not None and "model_type" not in model.config:
+        yield Mistake(("model", "config"), "needs model_type, for example llama")
+    if model.config is not None and model.tokenizer is None:
+        yield Mistake(("model",), "a random model has no tokenizer of its own: set model.tokenizer")
+    if model.revision and model.path is None:
+        yield Mistake(("model", "revision"), "belongs to model.path")
+
+
+def _float32_for_full(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.method == "full" and recipe.model.dtype in ("bfloat16", "float16"):
+        yield Mistake(
+            ("model", "dtype"),
+            f"{recipe.model.dtype} weights lose small updates when they are trained in full",
+            "use float32 (or auto) with method: full",
+        )
+
+
+def _method_keys(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.method == "lora":
+        return
+    allowed = {"modules_to_save"} if recipe.method == "head" else set()
+    for key in LoraSection.model_fields:
+        if source.was_given("lora", key) and key not in allowed:
+            yield Mistake(("lora", key), f"has no effect with method: {recipe.method}", "remove it")
+    if recipe.method == "head" and recipe.task == "causal_lm" and not recipe.lora.modules_to_save:
+        yield Mistake(
+            ("method",),
+            "head trains a classifier's head, and a causal_lm has none",
+            "name the modules in lora.modules_to_save, or use task: sequence_classification",
+        )
+
+
+def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    labelled = recipe.dataset.format == "labelled"
+    if recipe.task == "sequence_classification" and not labelled and recipe.dataset.format != "auto":
+        yield Mistake(("dataset", "format"), "must be labelled for task: sequence_classification")
+    if recipe.task == "causal_lm" and labelled:
+        yield Mistake(("dataset", "format"), "labelled rows belong to task: sequence_classification")
+    if recipe.task == "sequence_classification":
+        for key in ("system_prompt", "train_on_prompt", "chat_template"):
+            if source.was_given("dataset", key):
+                yield Mistake(("dataset", key), "has no effect on a classifier", "remove it")
+
+
+def _split_is_for_text(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    data = recipe.dataset
+    if data.too_long == "split" and (data.format not in ("auto", "text") or recipe.task != "causal_lm"):
+        yield Mistake(
+            ("dataset", "too_long"),
+            "split cuts running text only: a cut dialogue would lose its beginning",
+            "use truncate, skip or error",
+        )
+
+
+def _evaluation_source(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    data = recipe.dataset
+    given = [key for key in ("eval_path", "eval_split", "eval_size") if getattr(data, key)]
+    if "eval_size" in given and len(given) > 1:
+        yield Mistake(("dataset", "eval_size"), f"goes not with {given[0]}: there are evaluation rows already")
+    training = recipe.training
+    if given:
+        return
+    if training.early_stopping_patience:
+        yield Mistake(
+            ("training", "early_stopping_patience"),
+            "needs evaluation rows",
+            "set dataset.eval_size, eval_path or eval_split",
+        )
+    if source.was_given("training", "metric_for_best_model"):
+        yield Mistake(
+            ("training", "metric_for_best_model"),
+            "needs evaluation rows",
+            "set dataset.eval_size, eval_path or eval_split",
+        )
+
+
+def _known_metric(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    known = EVALUATION_METRICS[recipe.task]
+    if recipe.training.metric_for_best_model not in known:
+        yield Mistake(("training", "metric_for_best_model"), f"must be one of {', '.join(known)}")
+
+
+def _warmup_fits(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    training = recipe.training
+    if training.max_steps and training.warmup_steps >= 1 and training.warmup_steps >= training.max_steps:
+        yield Mistake(
+            ("training", "warmup_steps"),
+            f"{training.warmup_steps} steps of warm-up do not fit into {training.max_steps} steps",
+        )
+
+
+RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
+    _one_model,
+    _float32_for_full,
+    _method_keys,
+    _task_format,
+    _split_is_for_text,
+    _evaluation_source,
+    _known_metric,
+    _warmup_fits,
+]

@@ -1,0 +1,173 @@
+"""Every key of a recipe: its type, its default and what it means, in one line each.
+
+Names are those of PEFT's LoraConfig and transformers' TrainingArguments. Unknown keys are refused, values
+are not coerced, and a recipe cannot be changed once it is read. What excludes what across keys stands in
+``rules.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora_cli.recipe.types import Cadence, CountOrFraction, Initialisation, Strings, TextOrTexts, TrackerNames
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+Task = Literal["causal_lm", "sequence_classification"]
+Method = Literal["lora", "full", "head"]
+Format = Literal["messages", "conversations", "prompt_completion", "instruction", "text", "labelled"]
+TooLong = Literal["truncate", "skip", "split", "error"]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: strict, closed and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model and its tokenizer."""
+
+    path: Text | None = Field(None, description="hub id or folder of the base model; safetensors only")
+    config: dict[str, Any] | None = Field(
+        None, description="instead of `path`: a transformers configuration, for a random model"
+    )
+    revision: Text | None = Field(
+        None, description="branch, tag or commit on the hub; the commit it resolves to is recorded"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it fast, else float32"
+    )
+    attn_implementation: Text = Field("auto", description="auto, or a name that transformers knows")
+    tokenizer: Text | None = Field(
+        default_factory=lambda data: data.get("path"),
+        description="folder or hub id of the tokenizer (default: the model's)",
+    )
+
+    @property
+    def name(self) -> str:
+        return self.path or f"random {(self.config or {}).get('model_type', 'model')}"
+
+
+class DatasetSection(Section):
+    """The rows to train and evaluate on."""
+
+    path: Strings = Field(description="file, folder, glob, a list of them, or a hub id")
+    name: Text | None = Field(None, description="configuration of a hub data set")
+    split: Text = Field("train", description="split to train on; `train[:1000]` and `train[:10%]` work")
+    format: Literal["auto"] | Format = Field(
+        "auto", description="how a row reads; auto decides by the columns and prints the choice"
+    )
+    columns: dict[str, str] = Field(
+        {}, description="our name -> their column, e.g. `{prompt: question, completion: answer}`"
+    )
+    chat_template: Text | None = Field(
+        None, description="path of a .jinja file (default: the tokenizer's own template)"
+    )
+    system_prompt: Text | None = Field(None, description="system turn for rows that have none")
+    train_on_prompt: bool = Field(False, description="supervise the prompt's tokens too")
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens of a row at most")
+    too_long: TooLong | None = Field(
+        None,
+        description="longer rows: truncate, skip, split (text only) or error; always reported "
+        "(default: split for text, else truncate)",
+    )
+    eval_path: Strings | None = Field(None, description="rows to evaluate on, as `path`")
+    eval_split: Text | None = Field(None, description="split to evaluate on")
+    eval_size: CountOrFraction = Field(0, description="rows (or fraction of them) kept out for evaluation")
+    max_samples: PositiveInt | None = Field(None, description="use the first rows only")
+    shuffle: bool = Field(True, description="new order each epoch, a pure function of seed and epoch")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used: stop, or leave it out; named either way"
+    )
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    r: PositiveInt = Field(16, description="rank of the update B·A")
+    lora_alpha: PositiveFloat = Field(
+        default_factory=lambda data: 2.0 * data.get("r", 16),
+        description="the update is scaled by lora_alpha / r (default: 2·r)",
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    target_modules: TextOrTexts = Field(
+        "all-linear", description="all-linear, a glob, `re:...`, or a list of name endings, globs, `re:...`"
+    )
+    exclude_modules: Strings | None = Field(None, description="never adapt these; forms as above")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="adapt these layers only, counted from 0"
+    )
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
+    alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
+    modules_to_save: Strings | None = Field(
+        None, description="modules trained in full; a classifier head is added by itself"
+    )
+    init_lora_weights: Initialisation = Field(
+        True, description="true: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero"
+    )
+
+
+class TrainingSection(Section):
+    """The training run."""
+
+    learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled (AdamW); on matrices only")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in an optimizer step")
+    per_device_train_batch_size: PositiveInt = Field(4, description="rows in a micro-batch")
+    per_device_eval_batch_size: PositiveInt = Field(
+        default_factory=lambda data: data.get("per_device_train_batch_size", 4),
+        description="rows in an evaluation batch (default: as in training)",
+    )
+    num_train_epochs: PositiveFloat = Field(3.0, description="passes over the training rows")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; wins over num_train_epochs")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "cosine_with_min_lr", "wsd"] = Field(
+        "linear",
+        description="to 0 (linear, cosine), to 10 % (cosine_with_min_lr), constant, "
+        "or wsd: constant, then linearly to 0 in the last 10 % of the run",
+    )
+    warmup_steps: CountOrFraction = Field(0.03, description="steps (or fraction of the run) of linear warm-up")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's norm; null: do not")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's beta1")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's beta2")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    torch_compile: bool = Field(False, description="compile the model with torch.compile")
+    use_cpu: bool = Field(False, description="stay on the CPU; otherwise cuda, then mps, then cpu")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        42, description="one seed; data order, initialisation and dropout draw from streams of their own"
+    )
+    logging_steps: PositiveInt = Field(10, description="steps between two lines of metrics")
+    eval_steps: Cadence = Field("epoch", description="steps, fraction of the run, or epoch; also at the end")
+    save_steps: Cadence = Field("epoch", description="steps, fraction of the run, or epoch; also at the end")
+    save_total_limit: Annotated[int, Field(ge=2)] = Field(
+        2, description="newest checkpoints kept; the best one is kept besides"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="stop after so many evaluations without improvement"
+    )
+    metric_for_best_model: Text = Field("eval_loss", description="the evaluation metric that decides the best")
+    report_to: TrackerNames = Field(
+        [], description="none, tensorboard, wandb, trackio, or a list; metrics.jsonl is always written"
+    )
+
+
+class Recipe(Section):
+    """One fine-tuning run, from the model to the output folder."""
+
+    task: Task = Field("causal_lm", description="what the model learns to do")
+    method: Method = Field(
+        "lora", description="lora; or the baselines: full (all weights), head (`modules_to_save` or the head)"
+    )
+    model: ModelSection = Field(description="the base model; a text is `model.path`")
+    dataset: DatasetSection = Field(description="the rows; a text or list is `dataset.path`")
+    lora: LoraSection = Field(LoraSection(), description="the adapter")
+    training: TrainingSection = Field(TrainingSection(), description="the training run")
+    output_dir: Text = Field(description="folder of this run; made if it is not there")

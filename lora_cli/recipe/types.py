@@ -1,0 +1,90 @@
+"""The value types of a recipe that plain Python types do not cover, each with its own plain message.
+
+Every type is one function: it takes what YAML gave and returns the value, or raises with the words that
+the user reads after the key's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+Trackers = ("tensorboard", "wandb", "trackio")
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """The error whose text is shown as it stands."""
+    return PydanticCustomError("plain", "{message}", {"message": message})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1
+
+
+def count_or_fraction(value: Any) -> int | float:
+    if (_is_int(value) and value >= 0) or _is_fraction(value) or value == 0.0:
+        return value
+    raise wrong(f"must be a count (0 or more) or a fraction between 0 and 1, not {value!r}")
+
+
+def cadence(value: Any) -> int | float | str:
+    if value == "epoch" or (_is_int(value) and value >= 1) or _is_fraction(value):
+        return value
+    raise wrong(f"must be a number of steps, a fraction of the run between 0 and 1, or epoch, not {value!r}")
+
+
+def strings(value: Any) -> list[str]:
+    """One string or a list of strings; always a list afterwards."""
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, list) and items and all(isinstance(item, str) and item for item in items):
+        return items
+    raise wrong(f"must be a text or a list of texts, not {value!r}")
+
+
+def text_or_texts(value: Any) -> str | list[str]:
+    """One string or a list of strings, kept as written: one string may have a meaning of its own."""
+    strings(value)
+    return value
+
+
+def initialisation(value: Any) -> bool | str:
+    if value is True or value == "gaussian":
+        return value
+    raise wrong(f"must be true or gaussian, not {_yaml(value)}")
+
+
+def trackers(value: Any) -> list[str]:
+    items = [value] if isinstance(value, str) else value
+    if items in (["none"], []):
+        return []
+    if isinstance(items, list) and all(item in Trackers for item in items):
+        return items
+    raise wrong(f"must be none, {', '.join(Trackers)}, or a list of them, not {_yaml(value)}")
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type(check: Callable[[Any], Any], schema: dict[str, Any]) -> Any:
+    return (PlainValidator(check), WithJsonSchema(schema))
+
+
+_STRINGS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+
+CountOrFraction = Annotated[int | float, *_type(count_or_fraction, {"type": "number", "minimum": 0})]
+Cadence = Annotated[
+    int | float | Literal["epoch"],
+    *_type(cadence, {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "epoch"}]}),
+]
+Strings = Annotated[list[str], *_type(strings, _STRINGS)]
+TextOrTexts = Annotated[str | list[str], *_type(text_or_texts, _STRINGS)]
+Initialisation = Annotated[bool | str, *_type(initialisation, {"enum": [True, "gaussian"]})]
+TrackerNames = Annotated[list[str], *_type(trackers, _STRINGS)]

@@ -1,0 +1,1 @@
+"""All that people see. Only here, and at the door, is rich imported."""

@@ -1,0 +1,32 @@
+"""Where text goes: a terminal with colour and a moving bar, or a pipe with plain lines."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 160  # a pipe has no width; wide enough that no row is broken
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=PIPE_WIDTH)
+    return console
+
+
+def facts(console: Console, rows: list[tuple[str, str]]) -> None:
+    """Name and text, in two columns."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in rows:
+        grid.add_row(name, text)
+    console.print(grid)
+
+
+def table(*columns: str, right: tuple[int, ...] = ()) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return made

@@ -1,0 +1,147 @@
+"""What is known before the first step, on the screen."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from lora_cli.commands.check import Check
+from lora_cli.commands.plan import Plan
+from lora_cli.data.dataset import Counts
+from lora_cli.report.console import facts, table
+from lora_cli.report.grouping import group_targets
+from lora_cli.report.numbers import endings, number, plural, size
+
+SHOWN_BAD_ROWS = 5
+EXCERPT_CHARACTERS = 600
+
+
+def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
+    """The start block: name and text of each line."""
+    rows = [("model", _model(plan)), ("parameters", _parameters(plan))]
+    if plan.recipe.method == "lora":
+        rows.append(("adapter", _adapter(plan)))
+    if plan.model.saved:
+        rows.append(("in full", ", ".join(plan.model.saved)))
+    if plan.labels:
+        rows.append(("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")))
+    rows += [("rows", _rows(plan)), ("tokens", _tokens(plan))]
+    left_out = _left_out(plan.dataset.train_counts, plan.dataset.eval_counts)
+    if left_out:
+        rows.append(("left out", left_out))
+    rows += [("step", _step(plan)), ("run", _run(plan)), ("output", f"{plan.recipe.output_dir} ({progress})")]
+    return rows + [("note", note) for note in plan.notes]
+
+
+def _model(plan: Plan) -> str:
+    config, commit = plan.model.config, plan.model.folder.commit if plan.model.folder else None
+    dtype = str(plan.dtype).removeprefix("torch.")
+    revision = f", commit {commit[:12]}" if commit else ""
+    return f"{plan.recipe.model.name} ({config.model_type}, {dtype} on {plan.device.type}{revision})"
+
+
+def _parameters(plan: Plan) -> str:
+    counted = plan.model.counted
+    return f"{counted.trainable:,} trained of {counted.total:,} ({counted.percent:.4f} %)"
+
+
+def _adapter(plan: Plan) -> str:
+    targets, lora = plan.model.targets, plan.recipe.lora
+    ranks = sorted({target.r for target in targets})
+    scales = sorted({target.scaling for target in targets})
+    formula = "lora_alpha / sqrt(r)" if lora.use_rslora else "lora_alpha / r"
+    rank = ", ".join(map(str, ranks))
+    scale = ", ".join(map(number, scales))
+    names = endings([target.name for target in targets])
+    return f"r {rank} on {plural(len(targets), 'module')} ({names}); scale {scale} ({formula})"
+
+
+def _rows(plan: Plan) -> str:
+    data = plan.dataset
+    return (
+        f"{plural(len(data.train), 'row')} to train on, {len(data.eval):,} held out; "
+        f"read as {data.format} from {', '.join(data.sources)}"
+    )
+
+
+def _tokens(plan: Plan) -> str:
+    counts = plan.dataset.train_counts
+    supervised = "" if plan.labels else f", {counts.targets:,} of them supervised"
+    limit = plan.recipe.dataset.max_length
+    return f"{counts.tokens:,}{supervised}; longest row {counts.longest:,} (max_length {limit:,})"
+
+
+def _left_out(train: Counts, held_out: Counts) -> str:
+    kinds = [
+        (train.truncated + held_out.truncated, "cut at max_length"),
+        (train.skipped + held_out.skipped, "left out as too long"),
+        (train.unsupervised + held_out.unsupervised, "left out: no supervised token"),
+        (len(train.bad) + len(held_out.bad), "left out as bad"),
+    ]
+    text = "; ".join(f"{plural(count, 'row')} {what}" for count, what in kinds if count)
+    bad = [*train.bad, *held_out.bad]
+    shown = "".join(f"\n{row}" for row in bad[:SHOWN_BAD_ROWS])
+    return text + shown + (f"\n... and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else "")
+
+
+def _step(plan: Plan) -> str:
+    training = plan.recipe.training
+    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return f"{plan.steps.rows_per_step} rows ({micro} in a micro-batch x {accumulation})"
+
+
+def _run(plan: Plan) -> str:
+    training = plan.recipe.training
+    epochs = plan.steps.epoch_of(plan.total_steps)
+    return (
+        f"{plural(plan.total_steps, 'step')} ({number(epochs)} epochs of {plan.steps.steps_per_epoch}); learning rate "
+        f"{training.learning_rate:g}, {training.lr_scheduler_type}, {plural(plan.warmup_steps, 'step')} of warm-up"
+    )
+
+
+def show_check(console: Console, check: Check) -> None:
+    plan = check.plan
+    facts(console, plan_facts(plan, "checked, nothing written"))
+    spread = check.tokens
+    rows = [("tokens a row", f"{spread.minimum:,} least, {spread.median:,} median, {spread.maximum:,} most")]
+    if not plan.labels:
+        spread = check.targets
+        rows.append(("supervised", f"{spread.minimum:,} least, {spread.median:,} median, {spread.maximum:,} most"))
+    rows.append(("disk", f"{size(plan.disk_bytes)} needed at most, {size(check.free_bytes)} free"))
+    facts(console, rows)
+    if plan.model.targets:
+        console.print()
+        _show_targets(console, plan)
+    if not plan.labels:
+        console.print()
+        _show_excerpt(console, check)
+
+
+def _show_targets(console: Console, plan: Plan) -> None:
+    made = table("adapted module", "count", "A", "B", "scale", "parameters", right=(1, 5))
+    for group in group_targets(plan.model.targets):
+        target = group.target
+        made.add_row(
+            group.name,
+            str(group.count),
+            f"{target.r} x {target.in_features}",
+            f"{target.out_features} x {target.r}",
+            number(target.scaling),
+            f"{group.count * target.numel:,}",
+        )
+    console.print(made)
+
+
+def _show_excerpt(console: Console, check: Check) -> None:
+    """The first row; what is supervised stands out by colour, or in [[ ]] where there is none."""
+    text, room = Text(), EXCERPT_CHARACTERS
+    for piece, supervised in check.excerpt.pieces:
+        shown = piece[:room]
+        room -= len(shown)
+        marked = f"[[{shown}]]" if supervised and not console.is_terminal else shown
+        text.append(marked, style="bold green" if supervised else "dim")
+    what = "green" if console.is_terminal else "in [[ ]]"
+    console.print(f"first row ({check.excerpt.where}); supervised text is {what}:", style="bold")
+    console.print(text, soft_wrap=True)
+    if room <= 0:
+        console.print("...")

@@ -1,0 +1,99 @@
+"""``metrics.jsonl``, and the trackers that people look at instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from lora_cli.errors import UsageError
+from lora_cli.storage import storage_errors
+
+Line = dict[str, Any]
+
+
+class MetricsFile:
+    """One JSON object a line. A resumed run cuts off what came after its checkpoint."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self.path = path
+        with storage_errors(path):
+            path.touch()
+            with open(path, "r+b") as file:
+                file.truncate(min(keep_bytes, path.stat().st_size))
+
+    def write(self, line: Line) -> None:
+        with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def read(self) -> list[Line]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in ``output_dir/tensorboard``."""
+
+    def __init__(self, output_dir: Path, recipe: dict[str, Any]) -> None:
+        _require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLike:
+    """Weights & Biases, and Trackio, which speaks the same language."""
+
+    def __init__(self, name: str, output_dir: Path, recipe: dict[str, Any]) -> None:
+        self.module = _require(name, name)
+        self.module.init(project="lora", name=output_dir.name, config=recipe)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.module.log(values, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": lambda output_dir, recipe: WandbLike("wandb", output_dir, recipe),
+    "trackio": lambda output_dir, recipe: WandbLike("trackio", output_dir, recipe),
+}
+
+
+def build_trackers(names: list[str], output_dir: Path, recipe: dict[str, Any]) -> list[Tracker]:
+    return [TRACKERS[name](output_dir, recipe) for name in names]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ``UsageError`` for a tracker that is not installed, before anything is spent."""
+    for name in names:
+        _require(name, name)
+
+
+def _require(module: str, extra: str) -> ModuleType:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"training.report_to: {module} is not installed", f"pip install 'lora-cli[{extra}]'") from None

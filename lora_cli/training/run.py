@@ -1,0 +1,200 @@
+"""A run: what happens between two steps. Evaluate, keep the best, save, stop early, stop when asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from lora_cli.data.batches import StepPlan
+from lora_cli.data.encoding import Example
+from lora_cli.device import peak_memory_bytes
+from lora_cli.errors import NonFiniteError, Stopped
+from lora_cli.recipe import TrainingSection
+from lora_cli.tasks import Metrics, Task
+from lora_cli.training.checkpoint import Best, Checkpoints, State
+from lora_cli.training.evaluation import evaluate
+from lora_cli.training.loop import LoopSettings, Step, train_steps
+from lora_cli.training.metrics import Line, MetricsFile, Tracker
+from lora_cli.training.schedule import is_due
+from lora_cli.training.signals import StopRequest
+
+
+class Observer(Protocol):
+    """Who watches a run; the screen is one."""
+
+    def step(self, step: Step, state: State) -> None: ...
+
+    def line(self, line: Line) -> None: ...
+
+    def evaluation_begins(self, rows: int) -> None: ...
+
+    def evaluation_advances(self, rows: int) -> None: ...
+
+    def evaluation_ends(self, step: int, metrics: Metrics | None) -> None: ...
+
+    def saved(self, step: int) -> None: ...
+
+
+@dataclass
+class Run:
+    """One training run in progress. ``state`` says where it stands."""
+
+    model: PreTrainedModel
+    task: type[Task]
+    train: list[Example]
+    eval: list[Example]
+    plan: StepPlan
+    training: TrainingSection
+    settings: LoopSettings
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    trackers: list[Tracker]
+    adapter_config: dict[str, Any] | None
+    state: State
+    observer: Observer
+    stop: StopRequest
+    device: torch.device
+
+    def execute(self) -> None:
+        """Run to the end. Raises ``Stopped`` after a signal, with the state saved."""
+        self.model.train()
+        self._between_steps()
+        for step in self._steps():
+            self._record(step)
+            self._between_steps()
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step == self.settings.total_steps or self.state.stopped_early
+
+    def _steps(self) -> Iterator[Step]:
+        steps = train_steps(
+            self.model,
+            self.task,
+            self.train,
+            self.plan,
+            self.optimizer,
+            self.settings,
+            start=self.state.step,
+            device=self.device,
+        )
+        while not self.finished:
+            yield next(steps)
+
+    def _between_steps(self) -> None:
+        improved = self._evaluate() if self._evaluation_due() else False
+        if improved or self.stop or (self.state.step > 0 and self._due(self.training.save_steps)) or self.finished:
+            self._save()
+        if self.stop.signum is not None and not (self.finished and self._evaluated()):
+            name = Stopped(self.stop.signum, "").signal_name
+            raise Stopped(
+                self.stop.signum,
+                f"stopped by {name} after step {self.state.step} of {self.settings.total_steps}; everything is saved",
+                "type the same command again to go on",
+            )
+
+    def _due(self, cadence: int | float | str) -> bool:
+        return is_due(cadence, self.state.step, self.settings.total_steps, self.plan.steps_per_epoch)
+
+    def _evaluated(self) -> bool:
+        return not self.eval or self.state.evaluated_step == self.state.step
+
+    def _evaluation_due(self) -> bool:
+        return not self._evaluated() and (self.state.step == 0 or self._due(self.training.eval_steps))
+
+    def _record(self, step: Step) -> None:
+        state = self.state
+        state.step = step.number
+        state.tokens += step.num_tokens
+        state.seconds += step.seconds
+        for name, value in [
+            ("loss", step.loss * step.num_targets),
+            ("targets", step.num_targets),
+            ("tokens", step.num_tokens),
+            ("seconds", step.seconds),
+        ]:
+            state.window[name] = state.window.get(name, 0.0) + value
+        self.observer.step(step, state)
+        if (
+            step.number == 1
+            or step.number == self.settings.total_steps
+            or step.number % self.training.logging_steps == 0
+        ):
+            self._log(step)
+
+    def _log(self, step: Step) -> None:
+        window, self.state.window = self.state.window, {}
+        line = {
+            "step": step.number,
+            "epoch": self.plan.epoch_of(step.number),
+            "loss": window["loss"] / window["targets"],
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_second": window["tokens"] / window["seconds"],
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        self._write(line)
+        self.observer.line(line)
+
+    def _write(self, line: Line) -> None:
+        self.metrics.write(line)
+        for tracker in self.trackers:
+            tracker.log(line["step"], {key: value for key, value in line.items() if key != "step"})
+
+    def _evaluate(self) -> bool:
+        """Evaluate, and tell whether the adapter is the best so far."""
+        self.observer.evaluation_begins(len(self.eval))
+        metrics = evaluate(
+            self.model,
+            self.task,
+            self.eval,
+            batch_size=self.training.per_device_eval_batch_size,
+            pad_id=self.settings.pad_id,
+            device=self.device,
+            stop=lambda: bool(self.stop),
+            progress=self.observer.evaluation_advances,
+        )
+        self.observer.evaluation_ends(self.state.step, metrics)
+        if metrics is None:  # cut short by a signal; done again on resuming
+            return False
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteError(
+                f"the evaluation loss after step {self.state.step} is not finite",
+                "lower training.learning_rate, or use model.dtype: float32",
+            )
+        state = self.state
+        state.evaluated_step = state.step
+        self._write(
+            {"step": state.step, "epoch": self.plan.epoch_of(state.step)}
+            | {f"eval_{name}": value for name, value in metrics.items()}
+        )
+        if state.step == 0:
+            state.before = metrics
+            return False
+        state.last = metrics
+        return self._note_best(metrics)
+
+    def _note_best(self, metrics: Metrics) -> bool:
+        state, name = self.state, self.training.metric_for_best_model.removeprefix("eval_")
+        value, best = metrics[name], state.best
+        higher = name in self.task.higher_is_better
+        if best is None or (value > best.value if higher else value < best.value):
+            state.best = Best(state.step, value, metrics)
+            state.evaluations_without_improvement = 0
+            return True
+        state.evaluations_without_improvement += 1
+        patience = self.training.early_stopping_patience
+        state.stopped_early = patience is not None and state.evaluations_without_improvement >= patience
+        return False
+
+    def _save(self) -> None:
+        self.state.metrics_bytes = self.metrics.size
+        self.checkpoints.save(self.model, self.optimizer, self.state, self.adapter_config)
+        self.observer.saved(self.state.step)
