@@ -31,9 +31,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE ...]", help="Change keys, e.g. training.learning_rate=1e-4.", show_default=False
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Change keys, e.g. training.learning_rate=1e-4.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -107,7 +105,7 @@ def lora(
     """Fine-tune language models with low-rank adapters from one YAML recipe."""
 
 
-@app.command()
+@app.command(short_help="Train an adapter; run again to resume.")
 @door
 def train(
     recipe: RecipeArgument,
@@ -138,7 +136,7 @@ def train(
         show_outcome(console, outcome)
 
 
-@app.command()
+@app.command(short_help="Check a recipe before training.")
 @door
 def check(
     recipe: RecipeArgument,
@@ -163,7 +161,7 @@ def check(
         show_check(make_console(), result)
 
 
-@app.command("count-params")
+@app.command("count-params", short_help="Count total and learnable parameters.")
 @door
 def count_params(
     what: Annotated[
@@ -188,7 +186,7 @@ def count_params(
         show_counts(make_console(), result, every_tensor=every_tensor)
 
 
-@app.command()
+@app.command(short_help="Fold an adapter into its base, verified.")
 @door
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder, ours or PEFT's.")],
@@ -223,7 +221,7 @@ def merge(
         show_merge(make_console(), report)
 
 
-@app.command()
+@app.command(short_help="Print every recipe key.")
 @door
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a table, the one in the README.")] = False,

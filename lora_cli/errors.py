@@ -18,10 +18,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lora_cli.recipe.source import Source
+from typing import Protocol
 
 KeyPath = tuple[str | int, ...]
 
@@ -55,13 +52,20 @@ class Mistake:
 
     @property
     def name(self) -> str:
-        return ".".join(str(part) for part in self.path)
+        """The dotted key; an item of a list goes by the list's name, and is shown by its place."""
+        return ".".join(part for part in self.path if isinstance(part, str))
+
+
+class Places(Protocol):
+    """Whoever knows where each key was written (``recipe/source.py``)."""
+
+    def render(self, mistakes: list[Mistake]) -> str: ...
 
 
 class RecipeError(UsageError):
-    """All mistakes of a recipe at once. ``source`` knows where each key was written."""
+    """All mistakes of a recipe at once, shown at their places where ``source`` knows them."""
 
-    def __init__(self, mistakes: Iterable[Mistake], source: Source | None = None) -> None:
+    def __init__(self, mistakes: Iterable[Mistake], source: Places | None = None) -> None:
         self.mistakes = list(mistakes)
         self.source = source
         super().__init__("; ".join(f"{m.name}: {m.message}" for m in self.mistakes))
@@ -97,6 +101,41 @@ class DataError(LoraError):
 
 class FolderInUseError(LoraError):
     exit_code = 7
+
+
+class SeveralErrors(LoraError):
+    """Independent errors told together; the exit code is the first one's."""
+
+    def __init__(self, errors: list[LoraError]) -> None:
+        super().__init__("; ".join(error.message for error in errors))
+        self.errors = errors
+        self.exit_code = errors[0].exit_code
+
+    def __str__(self) -> str:
+        return "\nerror: ".join(map(str, self.errors))
+
+
+class Problems:
+    """Collects the errors of steps that do not depend on each other, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[LoraError] = []
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, LoraError):
+            if str(error) not in map(str, self.errors):  # a missing folder is missed by model and tokenizer alike
+                self.errors.append(error)
+            return True
+        return False
+
+    def stop_if_any(self) -> None:
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise SeveralErrors(self.errors)
 
 
 class Stopped(LoraError):

@@ -37,10 +37,12 @@ AUTO_CLASSES = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the screen; errors still come through."""
+    """Keep the libraries' own progress bars and advice off the screen; errors still come through."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     before = logging.get_verbosity()
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with warnings.catch_warnings():
@@ -57,6 +59,8 @@ def load_config(section: ModelSection, *, remote_code: bool = False) -> tuple[Pr
         return _inline_config(section.config), None
     assert section.path is not None
     folder = model_folder(section.path, section.revision, weights=False, remote_code=remote_code)
+    if section.revision is not None and folder.commit is None:
+        raise RecipeError([Mistake(("model", "revision"), f"has no effect: {section.path} is a folder", "remove it")])
     return read_config(folder.path, remote_code=remote_code), folder
 
 
@@ -114,16 +118,31 @@ def model_class(config: PreTrainedConfig, task: str) -> Any:
     return auto
 
 
-def empty_model(config: PreTrainedConfig, task: str, *, remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, task: str, *, attn_implementation: str = "auto", remote_code: bool = False
+) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: no weights are read or allocated."""
     auto = model_class(config, task)
     try:
         with quiet(), torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=remote_code)
+            model = auto.from_config(config, trust_remote_code=remote_code)
     except Exception as error:
         raise UsageError(
             f"no {config.model_type} model can be built from its configuration: {first_line(error)}"
         ) from error
+    _check_attention(model, attn_implementation)
+    return model
+
+
+def _check_attention(model: PreTrainedModel, name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        with quiet():
+            model.set_attn_implementation(name)
+    except Exception as error:  # ValueError for an unknown name, ImportError for one that is not installed
+        path = ("model", "attn_implementation")
+        raise RecipeError([Mistake(path, f"{name} cannot be used here: {first_line(error)}")]) from error
 
 
 def load_model(

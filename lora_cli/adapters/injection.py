@@ -83,12 +83,14 @@ class _Finder:
         if patterns == "all-linear":
             return set(self.candidates)
         path = ("lora", "target_modules")
-        listed = [patterns] if isinstance(patterns, str) else patterns
-        return set().union(*(self._matched(path, pattern) for pattern in listed))
+        if isinstance(patterns, str):
+            return self._matched(path, patterns)
+        return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
 
     def _excluded(self) -> set[str]:
         path = ("lora", "exclude_modules")
-        return set().union(*(self._matched(path, pattern) for pattern in self.lora.exclude_modules or []))
+        patterns = self.lora.exclude_modules or []
+        return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
 
     def _matched(self, path: KeyPath, pattern: str) -> set[str]:
         if reason := invalid_reason(pattern):
@@ -115,7 +117,7 @@ class _Finder:
         if layers is None:
             return set(self.candidates)
         known = {layer for name in self.candidates if (layer := layer_of(name)) is not None}
-        for layer in layers:
+        for index, layer in enumerate(layers):
             if layer not in known:
                 last = max(known, default=-1)
                 message = (
@@ -123,7 +125,7 @@ class _Finder:
                     if known
                     else ("cannot be used: this model's modules are not numbered")
                 )
-                self._wrong(("lora", "layers_to_transform"), message)
+                self._wrong(("lora", "layers_to_transform", index), message)
         return {name for name in self.candidates if layer_of(name) in layers}
 
     def _check_patterns(self, key: str, table: dict[str, int] | dict[str, float], chosen: set[str]) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lora_cli.commands.plan import Plan
-
-if TYPE_CHECKING:
-    from lora_cli.commands.output import Summary
+from lora_cli.commands.summary import Summary
 
 
 def model_card(plan: Plan, summary: Summary) -> str:

@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_cli.adapters.files import CONFIG
 from lora_cli.adapters.injection import base_name
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
-from lora_cli.commands.plan import Counted, count, located, plan_model
+from lora_cli.commands.labels import fixed_labels
+from lora_cli.commands.plan import located
+from lora_cli.commands.trainable import Counted, count, plan_model
 from lora_cli.data.dataset import labels_of, read_train
 from lora_cli.data.files import is_local
 from lora_cli.errors import LoraError, UsageError
@@ -83,9 +85,7 @@ def _of_recipe(path: Path, overrides: list[str], remote_code: bool) -> Parameter
 
 def _labels(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     """A new head is as wide as the rows have labels; without rows at hand, as the configuration says."""
-    if recipe.task != "sequence_classification" or "num_labels" in (recipe.model.config or {}):
-        return []
-    if any("SequenceClassification" in name for name in config.architectures or []):
+    if recipe.task != "sequence_classification" or fixed_labels(recipe, config) is not None:
         return []
     try:
         local = all(is_local(path) for path in recipe.dataset.path)

@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import lora_cli
 from lora_cli.adapters.files import peft_config, save_adapter, trained_tensors
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.provenance import Provenance
+from lora_cli.commands.summary import Summary, versions
 from lora_cli.errors import UsageError
 from lora_cli.models import quiet
 from lora_cli.storage import is_intact, new_folder, storage_errors, write_json, write_text
-from lora_cli.tasks import Metrics
 
 OURS = ("recipe.yaml", "resolved.yaml")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """``summary.json``: the figures that a run ends with."""
-
-    before: Metrics
-    after: Metrics
-    metric_for_best_model: str
-    best_step: int | None
-    steps: int
-    total_steps: int
-    epochs: float
-    stopped_early: bool
-    train_loss: float | None
-    tokens: int
-    tokens_per_second: float
-    train_seconds: float
-    peak_memory_bytes: int
-    parameters: dict[str, float]
-    rows: dict[str, int]
-    device: str
-    dtype: str
-    result: str
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -133,16 +100,6 @@ def resolved_text(plan: Plan) -> str:
         f"# dtype {str(plan.dtype).removeprefix('torch.')} on {plan.device.type}, base commit {commit or 'none'}"
     )
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def versions() -> dict[str, str]:
-    return {
-        "lora-cli": lora_cli.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def save_result(

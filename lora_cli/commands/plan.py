@@ -16,43 +16,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base
+from lora_cli.commands.labels import choose_labels
+from lora_cli.commands.trainable import Counted, ModelPlan, plan_model
 from lora_cli.data.batches import StepPlan
-from lora_cli.data.dataset import Dataset, Reading, build_dataset, labels_of, read_eval, read_train
+from lora_cli.data.dataset import Dataset, Reading, build_dataset, read_eval, read_train
 from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
+from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
 from lora_cli.device import choose_device, choose_dtype
-from lora_cli.errors import DataError, Mistake, RecipeError, StorageError, UsageError
-from lora_cli.hub import ModelFolder
-from lora_cli.models import empty_model, head_modules, load_config, load_tokenizer, set_labels
-from lora_cli.recipe import LoadedRecipe, Recipe
+from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
+from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
+from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Parameters of the whole model, and those that are trained."""
-
-    total: int
-    trainable: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.trainable / self.total
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """The model as it will be: its modules on the meta device, with adapters where they will be."""
-
-    config: PreTrainedConfig
-    folder: ModelFolder | None  # none for a random model
-    skeleton: PreTrainedModel
-    targets: list[Target]
-    saved: list[str]  # modules trained in full
-    counted: Counted
 
 
 @dataclass(frozen=True)
@@ -88,27 +65,37 @@ def located(loaded: LoadedRecipe) -> Iterator[None]:
     """Give recipe mistakes that were found late the place where the key stands."""
     try:
         yield
-    except RecipeError as error:
-        error.source = error.source or loaded.source
+    except (RecipeError, SeveralErrors) as error:
+        for single in error.errors if isinstance(error, SeveralErrors) else [error]:
+            if isinstance(single, RecipeError):
+                single.source = single.source or loaded.source
         raise
 
 
 def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
     """Read configuration, tokenizer and rows; find targets; count. Raises what is wrong with any of them."""
-    with located(loaded):
-        recipe = loaded.recipe
-        # 1. cheap refusals first: what is not installed, not writable, not there
-        check_trackers(recipe.training.report_to)
-        config, folder = load_config(recipe.model, remote_code=remote_code)
-        tokenizer = load_tokenizer(recipe.model, remote_code=remote_code)
-        # 2. rows, and with them the labels that shape a classifier's head
-        readings = _read_rows(recipe)
-        labels = _labels(recipe, config, readings[0]) if recipe.task == "sequence_classification" else []
+    with located(loaded), quiet():
+        recipe, problems = loaded.recipe, Problems()
+        # 1. what is not installed, not there or not readable
+        with problems:
+            check_trackers(recipe.training.report_to)
+        with problems:
+            config, folder = load_config(recipe.model, remote_code=remote_code)
+        with problems:
+            tokenizer = load_tokenizer(recipe.model, remote_code=remote_code)
+        with problems:
+            readings = _read_rows(recipe)
+        problems.stop_if_any()
+        # 2. the labels that shape a classifier's head, its modules and parameters, the rows' tokens
+        labels = choose_labels(recipe, config, readings[0])
         if labels:
             set_labels(config, labels)
-        # 3. modules and parameters, before the slow part of the rows: tokens
-        model = plan_model(recipe, config, folder, remote_code=remote_code)
-        dataset = _encode(recipe, tokenizer, labels, readings)
+        with problems:
+            model = plan_model(recipe, config, folder, remote_code=remote_code)
+        with problems:
+            dataset = _encode(recipe, tokenizer, labels, readings)
+        problems.stop_if_any()
+        # 3. whether they fit together
         _check_ids(dataset, model.skeleton, loaded)
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
@@ -131,59 +118,8 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
         return plan
 
 
-def plan_model(
-    recipe: Recipe, config: PreTrainedConfig, folder: ModelFolder | None, *, remote_code: bool = False
-) -> ModelPlan:
-    """Find what a recipe trains in a model, on the meta device."""
-    skeleton = empty_model(config, recipe.task, remote_code=remote_code)
-    targets, saved = prepare(skeleton, recipe)
-    return ModelPlan(config, folder, skeleton, targets, saved, count(skeleton))
-
-
-def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[str]]:
-    """Make a base trainable as the recipe says, in place; the same for the skeleton and the real model."""
-    if recipe.method == "full":
-        model.requires_grad_(True)
-        return [], []
-    saved = find_saved(model, recipe.lora.modules_to_save or [])
-    saved = list(dict.fromkeys([*head_modules(model, recipe.task), *saved]))
-    targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
-    attach(model, targets, recipe.lora.lora_dropout)
-    freeze_base(model, saved)
-    return targets, saved
-
-
-def count(model: nn.Module) -> Counted:
-    """Parameters, each shared one once."""
-    parameters = list(model.parameters())
-    return Counted(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
-
-
 def _read_rows(recipe: Recipe) -> tuple[Reading, Reading | None]:
     return read_train(recipe.dataset, recipe.task), read_eval(recipe.dataset, recipe.task)
-
-
-def _labels(recipe: Recipe, config: PreTrainedConfig, train: Reading) -> list[str]:
-    """The head's labels: those it was trained with, those an inline config asks for, else those in the rows."""
-    found = labels_of([train])
-    if len(found) < 2:
-        raise DataError(f"every row has the same label ({', '.join(found) or 'none'}): there is nothing to tell apart")
-    fixed = _fixed_labels(recipe, config)
-    if fixed is None:
-        return found
-    unknown = [label for label in found if label not in fixed and label not in map(str, range(len(fixed)))]
-    if unknown:
-        raise DataError(
-            f"the labels do not fit the head: the rows have {', '.join(unknown)}, the model knows {', '.join(fixed)}",
-            "rename the labels, or start from a model without a classifier's head",
-        )
-    return fixed
-
-
-def _fixed_labels(recipe: Recipe, config: PreTrainedConfig) -> list[str] | None:
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
-    asked = "num_labels" in (recipe.model.config or {})
-    return [str(config.id2label[index]) for index in range(config.num_labels)] if trained or asked else None
 
 
 def _encode(
@@ -191,10 +127,35 @@ def _encode(
 ) -> Dataset:
     section = recipe.dataset
     encoder = LabelEncoder(section, tokenizer, labels) if labels else TextEncoder(section, tokenizer)
-    if section.too_long == "split" and readings[0].format != "text":
-        message = f"split cuts running text only, and these rows are {readings[0].format}"
-        raise RecipeError([Mistake(("dataset", "too_long"), message, "use truncate, skip or error")])
+    _check_section(section, tokenizer, readings[0].format)
     return build_dataset(section, partial(_examples, encoder), readings[0], readings[1], recipe.training.seed)
+
+
+def _check_section(section: DatasetSection, tokenizer: PreTrainedTokenizerFast, format: str) -> None:
+    """Keys that these rows would leave without effect are refused, once the rows' format is known."""
+    mistakes = []
+    if section.too_long == "split" and format != "text":
+        message = f"split cuts running text only, and these rows are {format}"
+        mistakes.append(Mistake(("dataset", "too_long"), message, "use truncate, skip or error"))
+    plain = format == "text" or (
+        format in ("prompt_completion", "instruction") and not (section.chat_template or tokenizer.chat_template)
+    )
+    unused = {
+        "chat_template": format == "text",
+        "system_prompt": plain,
+        "train_on_prompt": format == "text",
+        "name": all(is_local(path) for path in section.path),
+    }
+    for key, has_no_effect in unused.items():
+        if has_no_effect and getattr(section, key):
+            what = (
+                "local files"
+                if key == "name"
+                else f"rows read as {format}" + (" without a chat template" if plain else "")
+            )
+            mistakes.append(Mistake(("dataset", key), f"has no effect on {what}", "remove it"))
+    if mistakes:
+        raise RecipeError(mistakes)
 
 
 def _examples(encoder: TextEncoder | LabelEncoder, content: Content, where: str) -> list[Example]:
@@ -274,4 +235,6 @@ def _notes(recipe: Recipe, config: PreTrainedConfig, dataset: Dataset) -> list[s
         notes.append(f"rows reach {longest} tokens; the model was trained on at most {limit}")
     if not dataset.eval:
         notes.append("no evaluation rows: set dataset.eval_size to see what the training brings")
+        idle = [key for key in ("eval_steps", "per_device_eval_batch_size") if key in training.model_fields_set]
+        notes += [f"training.{key} has no effect without evaluation rows" for key in idle]
     return notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +15,11 @@ from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
 from lora_cli.commands.identity import check_same_run, identity
-from lora_cli.commands.output import OutputFolder, Summary, adapter_config, save_result, versions
-from lora_cli.commands.plan import Plan, located, make_plan, prepare
-from lora_cli.device import memory_errors, peak_memory_bytes
+from lora_cli.commands.output import OutputFolder, adapter_config, save_result
+from lora_cli.commands.plan import Plan, located, make_plan
+from lora_cli.commands.summary import Summary, summarise
+from lora_cli.commands.trainable import prepare
+from lora_cli.device import memory_errors
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
 from lora_cli.models import fingerprint, load_model, quiet, random_model
@@ -95,7 +96,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         if state.best is not None and state.best.step != state.step:
             load_trained(model, read_trained(checkpoints.path(state.best.step)))
         lines = run.metrics.read()
-        summary = summarise(plan, output, state, lines)
+        summary = summarise(plan, output.result, state, lines)
         save_result(output, plan, model, config, summary, now["base"])
         return Outcome(plan, output, summary, lines)
 
@@ -212,30 +213,4 @@ def build_run(
         observer=observer,
         stop=StopRequest(),
         device=plan.device,
-    )
-
-
-def summarise(plan: Plan, output: OutputFolder, state: State, lines: list[dict[str, Any]]) -> Summary:
-    counted = plan.model.counted
-    losses = [line["loss"] for line in lines if "loss" in line]
-    return Summary(
-        before=state.before,
-        after=state.best.metrics if state.best else {},
-        metric_for_best_model=plan.recipe.training.metric_for_best_model,
-        best_step=state.best.step if state.best else None,
-        steps=state.step,
-        total_steps=plan.total_steps,
-        epochs=plan.steps.epoch_of(state.step),
-        stopped_early=state.stopped_early,
-        train_loss=losses[-1] if losses else None,
-        tokens=state.tokens,
-        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-        train_seconds=state.seconds,
-        peak_memory_bytes=peak_memory_bytes(plan.device),
-        parameters={"total": counted.total, "trainable": counted.trainable, "percent": counted.percent},
-        rows={"train": len(plan.dataset.train), "eval": len(plan.dataset.eval)},
-        device=plan.device.type,
-        dtype=str(plan.dtype).removeprefix("torch."),
-        result=os.fspath(output.result),
-        versions=versions(),
     )

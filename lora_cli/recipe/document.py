@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -9,6 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lora_cli.recipe.schema import Recipe
+
+_STATED_DEFAULT = re.compile(r" \(default: (.+)\)$")
 
 
 def json_schema() -> dict[str, Any]:
@@ -31,21 +34,22 @@ def key_table() -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    values = _choices(field.annotation)
-    choices = f" ({', '.join(values)})" if values else ""
-    meaning = f"{field.description}{choices}".replace("|", "\\|")
-    return f"| `{name}` | {_default(field)} | {meaning} |"
+    text = field.description or ""
+    default = _default(field)
+    if match := _STATED_DEFAULT.search(text):  # a default that depends on other keys is told in words
+        text, default = text.replace(match[0], ""), match[1]
+    values = [value for value in _choices(field.annotation) if value not in text]
+    choices = f" (`{'`, `'.join(values)}`)" if values else ""
+    return f"| `{name}` | {default} | {text}{choices} |"
 
 
 def _choices(annotation: Any) -> list[str]:
     """The members of a Literal that the description does not spell out."""
     members = [get_args(part) for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
-    return [f"`{value}`" for group in members for value in group]
+    return [str(value) for group in members for value in group]
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default_factory is not None:
-        return "see meaning"
     if field.default is PydanticUndefined:
         return "**required**"
     if isinstance(field.default, BaseModel):

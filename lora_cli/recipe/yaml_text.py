@@ -114,6 +114,8 @@ class _Reader:
         if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
+            for index, item in enumerate(node.value):
+                self.source.places[(*path, index)] = self._place(item, item)
             return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
         return self.scalar(node, path)
 

@@ -16,7 +16,13 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def facts(console: Console, rows: list[tuple[str, str]]) -> None:
-    """Name and text, in two columns."""
+    """Name and text, in two columns; in a pipe without padding, so that lines can be compared and cut."""
+    width = max(len(name) for name, _ in rows)
+    if not console.is_terminal:
+        for name, text in rows:
+            indented = text.replace("\n", "\n" + " " * (width + 2))
+            console.print(f"{name:<{width}}  {indented}", soft_wrap=True)
+        return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
     grid.add_column(overflow="fold")

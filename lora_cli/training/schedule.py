@@ -50,7 +50,9 @@ def lr_multiplier(kind: str, step: int, total: int, warmup: int) -> float:
 
 def steps_in(count_or_fraction: int | float, total: int) -> int:
     """A count as it is; a fraction of the run rounded up."""
-    return math.ceil(count_or_fraction * total) if isinstance(count_or_fraction, float) else count_or_fraction
+    if not isinstance(count_or_fraction, float):
+        return count_or_fraction
+    return math.ceil(count_or_fraction * total * (1 - 1e-12))  # 0.07 * 100 is 7.000000000000001, and means 7
 
 
 def is_due(cadence: int | float | str, step: int, total: int, steps_per_epoch: int) -> bool:

@@ -1,0 +1,66 @@
+"""What a recipe trains in a model: its adapters, its modules in full, and how many parameters that makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base
+from lora_cli.hub import ModelFolder
+from lora_cli.models import empty_model, head_modules
+from lora_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Parameters of the whole model, and those that are trained."""
+
+    total: int
+    trainable: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model as it will be: its modules on the meta device, with adapters where they will be."""
+
+    config: PreTrainedConfig
+    folder: ModelFolder | None  # none for a random model
+    skeleton: PreTrainedModel
+    targets: list[Target]
+    saved: list[str]  # modules trained in full
+    counted: Counted
+
+
+def plan_model(
+    recipe: Recipe, config: PreTrainedConfig, folder: ModelFolder | None, *, remote_code: bool = False
+) -> ModelPlan:
+    """Find what a recipe trains in a model, on the meta device."""
+    attention = recipe.model.attn_implementation
+    skeleton = empty_model(config, recipe.task, attn_implementation=attention, remote_code=remote_code)
+    targets, saved = prepare(skeleton, recipe)
+    return ModelPlan(config, folder, skeleton, targets, saved, count(skeleton))
+
+
+def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[str]]:
+    """Make a base trainable as the recipe says, in place; the same for the skeleton and the real model."""
+    if recipe.method == "full":
+        model.requires_grad_(True)
+        return [], []
+    saved = find_saved(model, recipe.lora.modules_to_save or [])
+    saved = list(dict.fromkeys([*head_modules(model, recipe.task), *saved]))
+    targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
+    attach(model, targets, recipe.lora.lora_dropout)
+    freeze_base(model, saved)
+    return targets, saved
+
+
+def count(model: nn.Module) -> Counted:
+    """Parameters, each shared one once."""
+    parameters = list(model.parameters())
+    return Counted(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
