@@ -47,6 +47,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+_EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory")  # torch's CPU allocators, drivers and mps
+
+
 @contextmanager
 def memory_errors(cure: str) -> Iterator[None]:
     """Turn the ways in which torch reports exhausted memory into one error that says what to change."""
@@ -57,6 +60,6 @@ def memory_errors(cure: str) -> Iterator[None]:
     except MemoryError as error:
         raise OutOfMemoryError("out of memory", cure) from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        if not any(words in str(error) for words in _EXHAUSTED):
             raise
         raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]}", cure) from error

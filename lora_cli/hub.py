@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.errors import UsageError
+from lora_cli.errors import StorageError, UsageError
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "tokenizer*"]
-WEIGHTS = ["*.safetensors"]
+WEIGHTS = ["model*.safetensors"]  # some repositories hold the same weights twice, under other names
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def model_folder(
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> ModelFolder:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -52,11 +53,17 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> ModelFold
         raise UsageError(f"{name} is gated on the hub", "accept its terms there, then run: hf auth login") from error
     except RepositoryNotFoundError as error:
         raise UsageError(f"there is no folder {name}, and the hub knows no such model") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{name} has no revision {revision} on the hub") from error
+    except Exception as error:  # the hub, its HTTP library and its cache each raise their own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"cannot download {name}: {error.strerror}", "free some space, or set HF_HOME to a larger disk"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"there is no folder {name}, and the hub could not be reached for it ({reason})",
-            "check the spelling, or download the model and give its folder",
+            _similar_folder(Path(name)) or "check the spelling, or download the model and give its folder",
         ) from error
     return ModelFolder(path, commit=path.name)
 
@@ -70,10 +77,13 @@ def _similar_folder(path: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in their index's order.
+    """The safetensors files of a model folder, in their index's order; a single file goes first, as in transformers.
 
     Raises ``UsageError`` for a folder with pickled weights only, or with none.
     """
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = [folder / name for name in dict.fromkeys(weight_map(index).values())]
@@ -81,9 +91,6 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise UsageError(f"{folder} lacks weight files named in its index: {', '.join(missing)}")
         return files
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
     pickled = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled:
         raise UsageError(
@@ -97,7 +104,8 @@ def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from a ``model.safetensors.index.json``."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        assert all(os.path.basename(name) == name for name in table.values())
+        if not table or not all(os.path.basename(name) == name for name in table.values()):
+            raise ValueError("no weight files beside the index")
         return dict(table)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{index} is not an index of weight files") from error

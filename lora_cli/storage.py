@@ -123,13 +123,12 @@ def hold_folder(path: Path) -> Iterator[None]:
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock")
-    try:
-        with storage_errors(path):
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderInUseError(
-            f"another run is writing to {path}", "wait for it, stop it, or choose another output_dir"
-        ) from None
+        except Timeout:  # an OSError too, so it must not reach storage_errors
+            raise FolderInUseError(
+                f"another run is writing to {path}", "wait for it, stop it, or choose another output_dir"
+            ) from None
     try:
         yield
     finally:

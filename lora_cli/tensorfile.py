@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,17 +59,20 @@ def tensor_table(path: Path) -> list[Entry]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, MAX_HEADER)))
-        offset = 8 + length
-        entries = [
-            Entry(name, value["dtype"], tuple(value["shape"]), *(offset + at for at in value["data_offsets"]))
-            for name, value in header.items()
-            if name != "__metadata__"
-        ]
+        entries = [_entry(name, value, 8 + length) for name, value in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StorageError(f"{path} is not a readable safetensors file", "download it again") from error
     if entries and max(entry.end for entry in entries) > path.stat().st_size:
         raise StorageError(f"{path} is cut short", "download it again")
     return sorted(entries, key=lambda entry: entry.start)
+
+
+def _entry(name: str, value: dict[str, Any], offset: int) -> Entry:
+    start, end = value["data_offsets"]
+    entry = Entry(name, value["dtype"], tuple(value["shape"]), offset + start, offset + end)
+    if entry.dtype in DTYPES and entry.num_bytes != end - start:
+        raise ValueError(f"{name} has {end - start} bytes for {entry.num_bytes}")
+    return entry
 
 
 def write_tensors(path: Path, entries: Iterable[Entry], produce: Callable[[Entry], Tensor]) -> int:

@@ -43,6 +43,12 @@ def is_below(name: str, roots: list[str]) -> bool:
     return any(name == root or name.startswith(root + ".") for root in roots)
 
 
+def outermost(names: list[str]) -> list[str]:
+    """Each once, without those that are inside another one."""
+    distinct = list(dict.fromkeys(names))
+    return [name for name in distinct if not is_below(name, [other for other in distinct if other != name])]
+
+
 def find_targets(model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> list[Target]:
     """The modules to adapt, in the model's order.
 
@@ -58,7 +64,9 @@ class _Finder:
     def __init__(self, model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> None:
         self.model = model
         self.lora = lora
+        self.saved = saved
         self.candidates = linear_modules(model, outside=saved)
+        self.oversized: dict[KeyPath, list[str]] = {}
         self.mistakes: list[Mistake] = []
 
     def find(self) -> list[Target]:
@@ -67,6 +75,7 @@ class _Finder:
         chosen &= self._in_layers()
         chosen_in_order = [name for name in self.candidates if name in chosen]
         targets = [self._target(name) for name in chosen_in_order]
+        self._check_ranks()
         self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
         self._check_patterns("alpha_pattern", self.lora.alpha_pattern, chosen)
         if not targets and not self.mistakes:
@@ -107,6 +116,8 @@ class _Finder:
         have = f"this model has: {', '.join(endings)}"
         for name, module in self.model.named_modules():
             if matches(name, pattern):
+                if is_below(name, self.saved):
+                    return f"'{pattern}' is {name}, which is trained in full: it needs no adapter", have
                 kind = "the output head" if isinstance(module, LINEAR_TYPES) else f"of type {type(module).__name__}"
                 return f"'{pattern}' is {name}, {kind}: adapters go on linear layers inside the model", have
         close = nearest(pattern, self.candidates)
@@ -143,9 +154,15 @@ class _Finder:
         if r > min(in_features, out_features):
             size = f"{out_features} x {in_features}"
             key: KeyPath = ("lora", "rank_pattern") if r != self.lora.r else ("lora", "r")
-            self._wrong(key, f"{r} is more than the rank of {name} ({size})")
+            self.oversized.setdefault(key, []).append(f"{r} is more than the rank of {name} ({size})")
         alpha = self._patterned("alpha_pattern", name, self.lora.lora_alpha)
         return Target(name, r, scaling_of(alpha, r, self.lora.use_rslora), in_features, out_features)
+
+    def _check_ranks(self) -> None:
+        """One mistake a key: a rank that is too large for one layer is so for all of its kind."""
+        for key, messages in self.oversized.items():
+            more = f" and {len(messages) - 1} more" if len(messages) > 1 else ""
+            self._wrong(key, messages[0] + more)
 
     def _patterned(self, key: str, name: str, default):  # type: ignore[no-untyped-def]
         """The first entry of a pattern table that names this module, else the default."""
@@ -157,15 +174,17 @@ class _Finder:
 def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
     """The modules that `modules_to_save` names.
 
-    Raises ``RecipeError`` for a name that matches nothing, and for one that shares its weight with a module
-    that stays frozen: training it would untie the two.
+    Raises ``RecipeError`` for a name that matches nothing or holds no parameters, and for one that shares its
+    weight with a module that stays frozen: training it would untie the two.
     """
     mistakes, saved = [], []
     path = ("lora", "modules_to_save")
     modules = {name: module for name, module in model.named_modules() if name}
     for pattern in patterns:
-        found = [name for name in modules if matches(name, pattern)]
-        outermost = [name for name in found if not is_below(name, [other for other in found if other != name])]
+        if reason := invalid_reason(pattern):
+            mistakes.append(Mistake(path, reason))
+            continue
+        found = outermost([name for name in modules if matches(name, pattern)])
         if not found:
             endings = sorted({ending(name) for name in modules if not ending(name).isdigit()})
             close = nearest(pattern, modules)
@@ -173,13 +192,15 @@ def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
             mistakes.append(
                 Mistake(path, f"no module is named '{pattern}'", f"{help}this model has: {', '.join(endings)}")
             )
-        for name in outermost:
+        elif not any(True for name in found for _ in modules[name].parameters()):
+            mistakes.append(Mistake(path, f"'{pattern}' is {found[0]}, which holds no parameters to train"))
+        for name in found:
             if partner := tied_partner(model, name):
                 mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
-        saved += outermost
+        saved += found
     if mistakes:
         raise RecipeError(mistakes)
-    return list(dict.fromkeys(saved))
+    return outermost(saved)
 
 
 def tied_partner(model: nn.Module, name: str) -> str | None:
@@ -210,7 +231,7 @@ def freeze_base(model: nn.Module, saved: list[str]) -> None:
     for layer in adapters_of(model).values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
-    for name in saved:
+    for name in outermost(saved):  # a module inside another one must not cast its outputs back
         train_in_full(model.get_submodule(name))
 
 

@@ -11,20 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.files import load_trained, tensors_of
 from lora_cli.adapters.merging import Naming, merge_files
-from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, logits_of
+from lora_cli.commands.agreement import LIMITS, Agreement, compare, logits_of
+from lora_cli.commands.comparison import rows_to_compare
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted, fit_adapter
-from lora_cli.commands.plan import make_plan
 from lora_cli.data.encoding import Example
-from lora_cli.data.rows import read_rows
 from lora_cli.device import memory_errors
-from lora_cli.errors import LoraError, StorageError, UsageError
+from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.models import fingerprint, load_model, quiet, read_config, read_tokenizer
-from lora_cli.recipe import DatasetSection, load_recipe
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
@@ -40,12 +37,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
-)
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Once upon a time there was a little girl who lived near a great forest.",
-    "Water boils at one hundred degrees, and freezes at zero.",
-    "What is the sum of seven and twelve? It is nineteen.",
 )
 
 
@@ -99,7 +90,7 @@ def merge(
         agreement, source = None, None
         if verify:
             tokenizer = read_tokenizer(tokenizer_folder or folder, remote_code=remote_code)
-            examples, source = _rows(fitted, tokenizer, rows)
+            examples, source = rows_to_compare(fitted, tokenizer, rows)
             agreement = _measure(fitted, folder, examples, stored, remote_code)
         report = _report(fitted, folder, output, stored, agreement, source)
         _check_agreement(report)
@@ -177,37 +168,6 @@ def _copy(names: tuple[str, ...], source: Path | None, folder: Path) -> None:
     for name in names:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _rows(fitted: FittedAdapter, tokenizer: PreTrainedTokenizerFast, path: str | None) -> tuple[list[Example], str]:
-    """Rows to compare on: those asked for, else the run's own held-out rows, else a few sentences."""
-    if path is not None:
-        section = DatasetSection(path=[path])
-        texts = [_texts(row.columns) for row in read_rows(section, [path], "train").rows]
-        return _plain_rows(tokenizer, texts), path
-    recipe = fitted.folder.parent / "resolved.yaml"
-    if recipe.is_file():
-        try:
-            dataset = make_plan(load_recipe(recipe)).dataset
-        except LoraError:  # the rows may have moved since; sentences serve as well
-            pass
-        else:
-            return compared_rows(dataset.eval or dataset.train), "held-out rows" if dataset.eval else "training rows"
-    return _plain_rows(tokenizer, list(SENTENCES)), "built-in sentences"
-
-
-def _texts(columns: dict[str, Any]) -> str:
-    return "\n".join(value for value in columns.values() if isinstance(value, str)) or str(columns)
-
-
-def _plain_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Example]:
-    import numpy as np
-
-    rows = []
-    for text in texts:
-        ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
-        rows.append(Example(ids, np.zeros(len(ids), dtype=bool), "text", label=0))
-    return compared_rows([row for row in rows if len(row.input_ids)])
 
 
 def _measure(

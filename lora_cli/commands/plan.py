@@ -27,6 +27,7 @@ from lora_cli.device import choose_device, choose_dtype
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
+from lora_cli.recipe.rules import was_changed
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
@@ -112,7 +113,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
             device,
             choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full"),
             disk_bytes(model.counted, recipe),
-            _notes(recipe, config, dataset),
+            _notes(loaded, config, dataset),
         )
         _check_disk(plan)
         return plan
@@ -223,11 +224,11 @@ def _check_disk(plan: Plan) -> None:
         raise StorageError(f"the run needs {needs:.1f} GB in {path}, and {has:.1f} GB are free")
 
 
-def _notes(recipe: Recipe, config: PreTrainedConfig, dataset: Dataset) -> list[str]:
+def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> list[str]:
     """What a person should know, though nothing is wrong."""
     notes = []
-    training = recipe.training
-    if training.max_steps and "num_train_epochs" in training.model_fields_set:
+    training = loaded.recipe.training
+    if training.max_steps and was_changed(training, "training", "num_train_epochs", loaded.source):
         notes.append("max_steps is set, so num_train_epochs is not used")
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(dataset.train_counts.longest, dataset.eval_counts.longest)
@@ -235,6 +236,10 @@ def _notes(recipe: Recipe, config: PreTrainedConfig, dataset: Dataset) -> list[s
         notes.append(f"rows reach {longest} tokens; the model was trained on at most {limit}")
     if not dataset.eval:
         notes.append("no evaluation rows: set dataset.eval_size to see what the training brings")
-        idle = [key for key in ("eval_steps", "per_device_eval_batch_size") if key in training.model_fields_set]
+        idle = [
+            key
+            for key in ("eval_steps", "per_device_eval_batch_size")
+            if was_changed(training, "training", key, loaded.source)
+        ]
         notes += [f"training.{key} has no effect without evaluation rows" for key in idle]
     return notes

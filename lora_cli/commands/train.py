@@ -207,7 +207,7 @@ def build_run(
         optimizer=optimizer,
         checkpoints=checkpoints,
         metrics=MetricsFile(output.metrics, state.metrics_bytes),
-        trackers=build_trackers(training.report_to, output.root, plan.recipe.model_dump(mode="json")),
+        trackers=build_trackers(training.report_to, output.root, plan.recipe.model_dump(mode="json"), state.step),
         adapter_config=config,
         state=state,
         observer=observer,

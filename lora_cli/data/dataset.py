@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -105,10 +106,13 @@ def _content(format: str, row: Row, section: DatasetSection) -> Content | BadRow
         return BadRow(row.where, str(error))
 
 
+_CLASS_NUMBER = re.compile("0|[1-9][0-9]{0,4}")  # longer numbers are names: a head of a million classes is none
+
+
 def labels_of(readings: list[Reading]) -> list[str]:
     """The label names that stand in the training rows, numbers in numeric order."""
     found = {content.label for content, _ in readings[0].contents if isinstance(content, Labelled)}
-    if all(label.isdigit() for label in found):
+    if all(_CLASS_NUMBER.fullmatch(label) for label in found):
         return [str(number) for number in range(max(map(int, found), default=-1) + 1)]
     return sorted(found)
 
@@ -123,6 +127,7 @@ def build_dataset(
 
     Raises ``DataError`` for bad rows (unless they are to be skipped) and where nothing is left to learn.
     """
+    _check_keys(section, train.format)
     examples, counts = _encode(train, encode)
     held_out, eval_counts = _encode(separate, encode) if separate else ([], Counts())
     bad = [*counts.bad, *eval_counts.bad]
@@ -136,6 +141,14 @@ def build_dataset(
         counts, eval_counts = _recount(counts, examples), _recount(Counts(), held_out)
     sources = train.sources + (separate.sources if separate else [])
     return Dataset(examples, held_out, counts, eval_counts, train.format, sources)
+
+
+def _check_keys(section: DatasetSection, format: str) -> None:
+    """Running text has neither prompt nor turns: keys that speak of them would be read by nothing."""
+    keys = ("system_prompt", "train_on_prompt", "chat_template") if format == "text" else ()
+    mistakes = [Mistake(("dataset", key), "has no effect on running text", "remove it") for key in keys]
+    if given := [mistake for mistake in mistakes if getattr(section, str(mistake.path[-1]))]:
+        raise RecipeError(given)
 
 
 def _encode(reading: Reading, encode: Encoder) -> tuple[list[Example], Counts]:

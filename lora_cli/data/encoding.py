@@ -6,6 +6,7 @@ still learned. A supervised position is a *target*, predicted from the one befor
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.formats import Completion, Content, Dialogue, Document, Labelled
 from lora_cli.data.templates import ChatTemplate, Span, check_template
-from lora_cli.errors import DataError
+from lora_cli.errors import DataError, Mistake, RecipeError
 from lora_cli.recipe import DatasetSection
 
 
@@ -78,7 +79,8 @@ class TextEncoder:
         supervised = mask_of(spans, text, np.asarray(encoded["offset_mapping"]).reshape(-1, 2))
         self._verify(ids, supervised, "".join(text[span.start : span.end] for span in spans))
         if not spans[-1].ended and messages[-1]["role"] == "assistant":  # the template leaves the end to the eos token
-            return np.append(ids, np.int32(self._eos())), np.append(supervised, True)
+            said = np.flatnonzero(supervised)[-1] + 1  # right behind the last word, or nothing would lead to it
+            return np.append(ids[:said], np.int32(self._eos())), np.append(supervised[:said], True)
         return ids, supervised
 
     def _with_system(self, messages: list[dict]) -> list[dict]:
@@ -90,23 +92,27 @@ class TextEncoder:
     def _verify(self, ids: np.ndarray, supervised: np.ndarray, expected: str) -> None:
         """The supervised tokens must read as the assistant's words; spaces may differ at the seams."""
         decoded = self.tokenizer.decode(ids[supervised], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if "\ufffd" not in decoded and "".join(decoded.split()) != "".join(expected.split()):
+        if "\ufffd" not in decoded and _plain_letters(decoded) != _plain_letters(expected):
             raise ValueError(f"its supervised tokens read {decoded[:80]!r} instead of {expected[:80]!r}")
 
     def _completion(self, content: Completion) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and completion as one text; apart where a token would span both, which a model never sees."""
-        text = content.prompt + content.completion
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, seam = list(encoded["input_ids"]), len(content.prompt)
-        prompt_length = sum(end <= seam for _, end in encoded["offset_mapping"])
-        if any(start < seam < end for start, end in encoded["offset_mapping"]):
-            prompt_ids = self._plain(content.prompt)
-            ids, prompt_length = prompt_ids + self._plain(content.completion), len(prompt_ids)
+        """Prompt and completion as one text; apart where joining them would change the prompt's own tokens."""
+        if self.section.system_prompt is not None:
+            message = "needs a chat template to stand in, and the tokenizer has none"
+            raise RecipeError([Mistake(("dataset", "system_prompt"), message, "give one in dataset.chat_template")])
+        prompt_ids, ids = self._plain(content.prompt), self._plain(content.prompt + content.completion)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + self._continued(content.completion)
         tokens = np.asarray([*self.bos, *ids, self._eos()], dtype=np.int32)
-        return tokens, np.arange(len(tokens)) >= len(self.bos) + prompt_length
+        return tokens, np.arange(len(tokens)) >= len(self.bos) + len(prompt_ids)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _continued(self, text: str) -> list[int]:
+        """The tokens of a text that goes on from another: without the blank that SentencePiece puts before a text."""
+        line, both = self._plain("\n"), self._plain("\n" + text)
+        return both[len(line) :] if both[: len(line)] == line else self._plain(text)
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -156,6 +162,8 @@ class LabelEncoder:
         ids = full
         if len(full) > length:
             ids = self.tokenizer(content.text, content.pair, truncation=True, max_length=length)["input_ids"]
+            if len(ids) > length:  # tokenizers give up, silently, where the special tokens alone are too many
+                raise ValueError(f"cannot be cut to max_length {length}: its special tokens alone are more")
         array = np.asarray(ids, dtype=np.int32)
         if not len(array):
             raise ValueError("has no tokens")
@@ -180,6 +188,11 @@ def mask_of(spans: list[Span], text: str, offsets: np.ndarray) -> np.ndarray:
                 raise ValueError("a token spans the assistant's turn and what follows")
         mask |= inside
     return mask
+
+
+def _plain_letters(text: str) -> str:
+    """Without blanks, and in one Unicode form: some tokenizers (Qwen's) compose letters and accents."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os.path
 import re
 from pathlib import Path
 
 from lora_cli.errors import DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+_HELD_OUT = re.compile(r"(^|[._-])(test|dev|valid|validation|eval)([._-]|$)")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -22,20 +24,21 @@ def kind_of(path: Path) -> str:
 
 def is_local(path: str) -> bool:
     """Whether a path means files here; what looks like neither file nor folder may be a hub id."""
-    if glob.has_magic(path) or Path(path).expanduser().exists() or kind_of(Path(path)):
+    if glob.has_magic(path) or os.path.exists(os.path.expanduser(path)) or kind_of(Path(path)):
         return True
     return _HUB_ID.fullmatch(path) is None
 
 
 def expand(path: str) -> list[Path]:
     """The files of a path, folder or glob, in the order of their names."""
-    here = Path(path).expanduser()
-    if here.is_dir():
+    here = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown ~user
+    if os.path.isdir(here):  # these two are false for names that are too long, where Path raises
         found = sorted(file for file in here.rglob("*") if file.is_file() and kind_of(file))
         if not found:
             raise DataError(f"the folder {path} holds no data file", f"endings read here: {_endings()}")
+        _check_splits(path, found)
         return found
-    if here.is_file():
+    if os.path.isfile(here):
         if not kind_of(here):
             raise DataError(f"{path} has an ending that is not known", f"endings read here: {_endings()}")
         return [here]
@@ -44,14 +47,25 @@ def expand(path: str) -> list[Path]:
         if not found:
             raise DataError(f"no data file matches {path}")
         return found
-    raise DataError(f"there is no file {path}", _similar(here))
+    raise DataError(f"there is no file {path}", similar(here))
+
+
+def _check_splits(folder: str, files: list[Path]) -> None:
+    """Training on the test rows by accident is worse than typing a file's name."""
+    held_out = [file.name for file in files if _HELD_OUT.search(file.name.lower())]
+    if held_out and len(held_out) < len(files):
+        raise DataError(
+            f"besides files to train on, the folder {folder} holds what looks held out: {', '.join(held_out[:3])}",
+            "name the files in dataset.path, and the held-out ones in dataset.eval_path",
+        )
 
 
 def _endings() -> str:
     return ", ".join(KINDS) + ", each also with .gz (but .parquet)"
 
 
-def _similar(path: Path) -> str | None:
+def similar(path: Path) -> str | None:
+    """What may have been meant by a path where nothing is."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     names = [entry.name for entry in path.parent.iterdir()]

@@ -92,8 +92,11 @@ def _turn(message: Any, role_key: str, content_key: str) -> dict[str, Any]:
     if not isinstance(message, dict) or role_key not in message or content_key not in message:
         keys = sorted(message) if isinstance(message, dict) else type(message).__name__
         raise ValueError(f"a message needs {role_key} and {content_key}, and has {keys}")
+    role = message[role_key]
+    if not isinstance(role, str):
+        raise ValueError(f"a message's {role_key} must be a text, not {type(role).__name__}")
     others = {key: value for key, value in message.items() if key not in (role_key, content_key)}
-    return {"role": message[role_key], "content": _content(message[content_key])} | others
+    return others | {"role": role, "content": _content(message[content_key])}
 
 
 def _content(value: Any) -> str:
@@ -139,7 +142,7 @@ def _prompt_completion(columns: Columns) -> Completion:
 
 def _instruction(columns: Columns) -> Completion:
     instruction = _filled(columns, "instruction")
-    given = _string(columns, "input") if columns.get("input") else ""
+    given = _string(columns, "input") if columns.get("input") is not None else ""
     prompt = ALPACA.format(
         with_input=", paired with an input that provides further context" if given else "",
         instruction=instruction,

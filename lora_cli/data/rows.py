@@ -10,18 +10,19 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
+import os.path
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_cli.data.files import expand, is_local, kind_of
-from lora_cli.errors import DataError
+from lora_cli.data.files import expand, is_local, kind_of, similar
+from lora_cli.errors import DataError, Mistake, RecipeError
 from lora_cli.recipe import DatasetSection
+from lora_cli.recipe.types import SPLIT
 
 SHOWN_BAD_ROWS = 20
-_SLICE = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ def read_rows(section: DatasetSection, paths: list[str], split: str) -> Rows:
         if is_local(path):
             if name != "train":
                 raise DataError(f"{path} is local, and local files have no split '{name}'", "use dataset.eval_path")
+            if section.name is not None:
+                raise RecipeError([Mistake(("dataset", "name"), f"belongs to hub data sets, and {path} is local")])
             _read_files(expand(path), result)
         else:
             _read_hub(path, section.name, name, result)
@@ -72,17 +75,17 @@ def read_rows(section: DatasetSection, paths: list[str], split: str) -> Rows:
 
 def parse_split(split: str) -> tuple[str, str | None, str | None]:
     """``train[10%:200]`` is ('train', '10%', '200')."""
-    match = _SLICE.fullmatch(split.strip())
-    if match is None:
-        raise DataError(f"dataset.split '{split}' is not understood", "write for example train[:1000] or train[10%:]")
+    match = SPLIT.fullmatch(split)
+    assert match is not None, split  # the recipe took no other
     return match["name"], match["start"], match["stop"]
 
 
 def slice_rows(rows: list[Row], start: str | None, stop: str | None) -> list[Row]:
     def index(text: str | None) -> int | None:
-        if text is None:
-            return None
-        return round(len(rows) * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        if text is None or not text.endswith("%"):
+            return None if text is None else int(text)
+        percent = int(text[:-1])  # negative ones count from the end; -1 % of ten rows must not become row 0
+        return round(len(rows) * max(0, 100 + percent if text.startswith("-") else percent) / 100)
 
     return rows[index(start) : index(stop)]
 
@@ -93,7 +96,7 @@ def _read_files(paths: list[Path], result: Rows) -> None:
         try:
             for row in READERS[kind_of(path)](path):
                 (result.rows if isinstance(row, Row) else result.bad).append(row)  # type: ignore[arg-type]
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         if len(result.rows) + len(result.bad) == before:
             raise DataError(f"{path} holds no rows")
@@ -132,9 +135,13 @@ def _json_row(text: str, where: str) -> Row | BadRow:
 
 
 def _row(value: Any, where: str) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(value, where)
-    return BadRow(where, f"must be a JSON object with columns, not {type(value).__name__}")
+    if not isinstance(value, dict):
+        return BadRow(where, f"must be a JSON object with columns, not {type(value).__name__}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
+        return BadRow(where, "holds half a character (an escape such as \\ud83d without its other half)")
+    return Row(value, where)
 
 
 def _read_json(path: Path) -> Iterator[Row | BadRow]:
@@ -152,12 +159,16 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
         if position >= len(text):
             raise DataError(f"{path}:{line}: the JSON array is not closed")
         if text[position] == "]":
-            return
+            break
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: is not JSON: {error}") from error
         yield _row(value, f"{path}:{line}")
+    if text[position + 1 :].strip():
+        raise DataError(
+            f"{path}:{line}: there is more behind the JSON array", "one array a file, or JSON lines (.jsonl)"
+        )
 
 
 def _skip(text: str, position: int, characters: str) -> int:
@@ -261,7 +272,8 @@ def _read_hub(path: str, name: str | None, split: str, result: Rows) -> None:
     except Exception as error:  # datasets raises whatever its builders raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"there is no file {path}, and no data set of that name could be loaded from the hub ({reason})"
+            f"there is no file {path}, and no data set of that name could be loaded from the hub ({reason})",
+            similar(Path(path)) if os.path.isdir(os.path.dirname(path) or ".") else None,
         ) from error
     result.sources.append(f"{path} ({split})")
     for number, columns in enumerate(table, start=1):

@@ -1,24 +1,29 @@
 """Chat templates, and which characters of a rendered dialogue the model has to say itself.
 
 Most templates carry no ``{% generation %}`` tags, so the assistant's spans are derived: every assistant turn is
-rendered once more with a marker in place of its content, which shows where the content stands; the span
-begins where the generation prompt ends and ends with the first special token behind the content. Every
-derived span is compared with the text it should hold, and a dialogue for which that fails is refused.
+rendered once more with a marker in place of its content, which shows where the content stands. The span
+begins where the generation prompt ends, and ends with the first special token that belongs to the turn. What
+a span holds is compared with the content, and a dialogue for which they differ is refused. Blanks may differ,
+and a beginning may be added or left out: Qwen3's template adds an empty ``<think>`` part to the last turn and
+strips those of earlier ones.
 """
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import DataError, UsageError
 
 Messages = list[dict[str, Any]]
 MARKER = "\u2063assistant\u2063turn\u2063"  # invisible separators: no template trims or splits on them
+TODAY = datetime(2024, 7, 26)  # for templates that print the date: the same rows tomorrow, or no run could resume
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, path: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.template = _read_template(path) if path else tokenizer.chat_template
+        self.template = _read_template(path) if path else _own_template(tokenizer)
         self.end_tokens = sorted({*tokenizer.all_special_tokens, *_added_special(tokenizer)}, key=len, reverse=True)
 
     def render(self, messages: Messages, *, prompt: bool = False) -> str:
@@ -43,10 +48,14 @@ class ChatTemplate:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                    messages,
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    strftime_now=TODAY.strftime,
                 )
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the chat template refuses it: {error}") from error
 
     def spans(self, messages: Messages, text: str) -> list[Span]:
@@ -55,32 +64,58 @@ class ChatTemplate:
         Raises ``ValueError`` where the template makes them impossible to tell.
         """
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        contents = [self._content_span(messages, index, text) for index in turns]
-        limits = [start for start, _ in contents[1:]] + [len(text)]
-        return [
-            self._turn_span(messages, index, text, content, limit)
-            for index, content, limit in zip(turns, contents, limits, strict=True)
-        ]
+        return [self._span(messages, index, text) for index in turns]
 
-    def _content_span(self, messages: Messages, index: int, text: str) -> tuple[int, int]:
-        """Where the content of one turn stands in the rendering."""
-        marked = [*messages[:index], messages[index] | {"content": MARKER}, *messages[index + 1 :]]
-        before, found, _ = self.render(marked).partition(MARKER)
-        for content in (messages[index]["content"], messages[index]["content"].strip()):
-            if found and text.startswith(before + content):
-                return len(before), len(before) + len(content)
-        raise ValueError("the chat template rewrites an assistant turn, so its tokens cannot be told from the prompt's")
+    def _span(self, messages: Messages, index: int, text: str) -> Span:
+        marked = messages[index] | {"content": MARKER}
+        before, found, after = self.render([*messages[:index], marked, *messages[index + 1 :]]).partition(MARKER)
+        end = len(text) - len(after)
+        prompt = self.render(messages[:index], prompt=True) if index else before
+        if not text.startswith(prompt) or len(prompt) >= end:
+            prompt = before
+        start = len(prompt)
+        known = found and text.startswith(prompt) and text.endswith(after)
+        if not known or not _says(text[start:end], messages[index]["content"]):
+            raise ValueError(
+                "the chat template rewrites an assistant turn, so its tokens cannot be told from the prompt's"
+            )
+        if index + 1 < len(messages):  # the next turn's header and text are no end: only what belongs to this turn
+            after = self.render([*messages[:index], marked], prompt=True).partition(MARKER)[2]
+            after = after.removesuffix(self._opening)
+        return self._ended(text, start, end, end + _shared(after, text[end:]))
 
-    def _turn_span(self, messages: Messages, index: int, text: str, content: tuple[int, int], limit: int) -> Span:
-        start, end = content
-        prompt = self.render(messages[:index], prompt=True)
-        if text.startswith(prompt) and len(prompt) <= start:
-            start = len(prompt)
+    def _ended(self, text: str, start: int, end: int, limit: int) -> Span:
+        """The span with the first special token between its end and ``limit``, where the next turn begins."""
         ends = [(position, -len(token)) for token in self.end_tokens if (position := text.find(token, end, limit)) >= 0]
         if not ends:
             return Span(start, end, ended=False)
         position, negative_length = min(ends)
         return Span(start, position - negative_length, ended=True)
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the generation prompt adds: the header of an assistant's turn."""
+        plain = [{"role": "user", "content": "Hello"}]
+        prompt, without = self.render(plain, prompt=True), self.render(plain)
+        return prompt[_shared(prompt, without) :]
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts have in common from their beginning on."""
+    length = min(len(first), len(second))
+    return next((index for index in range(length) if first[index] != second[index]), length)
+
+
+def _says(spoken: str, content: str) -> bool:
+    """Whether a span holds a turn's content: blanks aside, one is the end of the other."""
+    spoken, content = "".join(spoken.split()), "".join(content.split())
+    return bool(spoken) and (spoken.endswith(content) or content.endswith(spoken))
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The tokenizer's template; the default one, where it comes with several."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _added_special(tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -89,7 +124,7 @@ def _added_special(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"dataset.chat_template {path} cannot be read: {error}") from error
 

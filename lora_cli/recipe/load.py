@@ -54,9 +54,9 @@ _SMALLEST = "the smallest recipe is three keys: model, dataset and output_dir"
 
 
 def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; a recipe is a YAML file")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; a recipe is a YAML file")
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path} is larger than {MAX_BYTES} bytes: is this a recipe?")
         raw = path.read_bytes()

@@ -126,7 +126,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return f"the text '{value}'" if len(value) < 60 else "a long text"
     kinds: dict[type, str] = {dict: "a section", list: "a list"}
-    return kinds.get(type(value), str(value))
+    return kinds.get(type(value), str(value) if len(str(value)) < 60 else "a long number")
 
 
 def _either(expected: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from lora_cli.errors import Mistake
-from lora_cli.recipe.schema import LoraSection, Recipe
+from lora_cli.recipe.schema import LoraSection, Recipe, Section
 from lora_cli.recipe.source import Source
 
 EVALUATION_METRICS = {
@@ -31,6 +31,13 @@ def check_rules(recipe: Recipe, source: Source) -> list[Mistake]:
 def has_evaluation(recipe: Recipe) -> bool:
     data = recipe.dataset
     return bool(data.eval_path or data.eval_split or data.eval_size)
+
+
+def was_changed(section: Section, name: str, key: str, source: Source) -> bool:
+    """Whether a key was written down with another value than its default: resolved.yaml writes them all."""
+    field = type(section).model_fields[key]
+    default = field.get_default(call_default_factory=True, validated_data=section.model_dump())
+    return source.was_given(name, key) and getattr(section, key) != default
 
 
 def _one_model(recipe: Recipe, source: Source) -> Iterator[Mistake]:
@@ -64,7 +71,7 @@ def _method_keys(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         return
     allowed = {"modules_to_save"} if recipe.method == "head" else set()
     for key in LoraSection.model_fields:
-        if source.was_given("lora", key) and key not in allowed:
+        if was_changed(recipe.lora, "lora", key, source) and key not in allowed:
             yield Mistake(("lora", key), f"has no effect with method: {recipe.method}", "remove it")
     if recipe.method == "head" and recipe.task == "causal_lm" and not recipe.lora.modules_to_save:
         yield Mistake(
@@ -82,7 +89,7 @@ def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         yield Mistake(("dataset", "format"), "labelled rows belong to task: sequence_classification")
     if recipe.task == "sequence_classification":
         for key in ("system_prompt", "train_on_prompt", "chat_template"):
-            if source.was_given("dataset", key):
+            if was_changed(recipe.dataset, "dataset", key, source):
                 yield Mistake(("dataset", key), "has no effect on a classifier", "remove it")
 
 
@@ -110,7 +117,7 @@ def _evaluation_source(recipe: Recipe, source: Source) -> Iterator[Mistake]:
             "needs evaluation rows",
             "set dataset.eval_size, eval_path or eval_split",
         )
-    if source.was_given("training", "metric_for_best_model"):
+    if was_changed(training, "training", "metric_for_best_model", source):
         yield Mistake(
             ("training", "metric_for_best_model"),
             "needs evaluation rows",

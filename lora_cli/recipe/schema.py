@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lora_cli.recipe.types import Cadence, CountOrFraction, Initialisation, Strings, TextOrTexts, TrackerNames
+from lora_cli.recipe.types import Cadence, CountOrFraction, Initialisation, Split, Strings, TextOrTexts, TrackerNames
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -58,7 +58,7 @@ class DatasetSection(Section):
 
     path: Strings = Field(description="file, folder, glob, a list of them, or a hub id")
     name: Text | None = Field(None, description="configuration of a hub data set")
-    split: Text = Field("train", description="split to train on; `train[:1000]` and `train[:10%]` work")
+    split: Split = Field("train", description="split to train on; `train[:1000]` and `train[:10%]` work")
     format: Literal["auto"] | Format = Field(
         "auto", description="how a row reads; auto decides by the columns and prints the choice"
     )
@@ -77,7 +77,7 @@ class DatasetSection(Section):
         "(default: split for text, else truncate)",
     )
     eval_path: Strings | None = Field(None, description="rows to evaluate on, as `path`")
-    eval_split: Text | None = Field(None, description="split to evaluate on")
+    eval_split: Split | None = Field(None, description="split to evaluate on")
     eval_size: CountOrFraction = Field(0, description="rows (or fraction of them) kept out for evaluation")
     max_samples: PositiveInt | None = Field(None, description="use the first rows only")
     shuffle: bool = Field(True, description="new order each epoch, a pure function of seed and epoch")

@@ -6,6 +6,7 @@ the user reads after the key's name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Trackers = ("tensorboard", "wandb", "trackio")
+SPLIT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?[0-9]+%?)?:(?P<stop>-?[0-9]+%?)?\])?")
 
 
 def wrong(message: str) -> PydanticCustomError:
@@ -29,15 +31,15 @@ def _is_fraction(value: Any) -> bool:
 
 
 def count_or_fraction(value: Any) -> int | float:
-    if (_is_int(value) and value >= 0) or _is_fraction(value) or value == 0.0:
+    if (_is_int(value) and value >= 0) or (isinstance(value, float) and 0 <= value < 1):
         return value
-    raise wrong(f"must be a count (0 or more) or a fraction between 0 and 1, not {value!r}")
+    raise wrong(f"must be a count (0 or more) or a fraction between 0 and 1, not {_yaml(value)}")
 
 
 def cadence(value: Any) -> int | float | str:
     if value == "epoch" or (_is_int(value) and value >= 1) or _is_fraction(value):
         return value
-    raise wrong(f"must be a number of steps, a fraction of the run between 0 and 1, or epoch, not {value!r}")
+    raise wrong(f"must be a number of steps, a fraction of the run between 0 and 1, or epoch, not {_yaml(value)}")
 
 
 def strings(value: Any) -> list[str]:
@@ -45,13 +47,19 @@ def strings(value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if isinstance(items, list) and items and all(isinstance(item, str) and item for item in items):
         return items
-    raise wrong(f"must be a text or a list of texts, not {value!r}")
+    raise wrong(f"must be a text or a list of texts, not {_yaml(value)}")
 
 
 def text_or_texts(value: Any) -> str | list[str]:
     """One string or a list of strings, kept as written: one string may have a meaning of its own."""
     strings(value)
     return value
+
+
+def split(value: Any) -> str:
+    if isinstance(value, str) and SPLIT.fullmatch(value):
+        return value
+    raise wrong(f"must be a split such as train, train[:1000] or train[10%:50%], not {_yaml(value)}")
 
 
 def initialisation(value: Any) -> bool | str:
@@ -70,7 +78,15 @@ def trackers(value: Any) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """The value as a recipe writes it; long ones only by their kind."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a section"
+    text = str(value)
+    return text if len(text) < 60 else "a long value"
 
 
 def _type(check: Callable[[Any], Any], schema: dict[str, Any]) -> Any:
@@ -86,5 +102,6 @@ Cadence = Annotated[
 ]
 Strings = Annotated[list[str], *_type(strings, _STRINGS)]
 TextOrTexts = Annotated[str | list[str], *_type(text_or_texts, _STRINGS)]
+Split = Annotated[str, *_type(split, {"type": "string"})]
 Initialisation = Annotated[bool | str, *_type(initialisation, {"enum": [True, "gaussian"]})]
 TrackerNames = Annotated[list[str], *_type(trackers, _STRINGS)]

@@ -20,6 +20,7 @@ from lora_cli.recipe.source import Place, Source, Span
 MAX_DEPTH = 20
 MAX_NODES = 20_000  # an alias may be used many times over: without a bound, ten lines make a billion values
 TAG = "tag:yaml.org,2002:"
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write these; no file name or UTF-8 text can hold them
 
 
 class CoreSchemaLoader(yaml.SafeLoader):
@@ -41,7 +42,7 @@ SCALARS: dict[str, Callable[[str], Any]] = {
     TAG + "null": lambda text: None,
     TAG + "bool": lambda text: text.lower() == "true",
     TAG + "int": int,
-    TAG + "float": lambda text: float(text.replace(".inf", "inf").replace(".nan", "nan")),
+    TAG + "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     TAG + "str": str,
 }
 
@@ -77,8 +78,10 @@ class _Reader:
             raise Mistakes([self._syntax(error)]) from None
         except RecursionError:
             raise Mistakes([Mistake(at, f"is nested deeper than {MAX_DEPTH} levels")]) from None
-        except yaml.YAMLError as error:  # characters that YAML does not allow
-            raise Mistakes([Mistake(at, f"is not YAML: {error}", at_key=True)]) from None
+        except yaml.reader.ReaderError as error:
+            raise Mistakes([self._unreadable(text, error)]) from None
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML converts some escapes unchecked
+            raise Mistakes([Mistake(at, f"this is not YAML: {error}", at_key=True)]) from None
         value = None if node is None else self.value(node, at)
         if self.mistakes:
             raise Mistakes(self.mistakes)
@@ -86,14 +89,25 @@ class _Reader:
 
     def _syntax(self, error: yaml.MarkedYAMLError) -> Mistake:
         mark = error.problem_mark or error.context_mark
-        path: KeyPath = ("<yaml>",)
-        if mark is not None and self.argument is None:
-            spot = Span(mark.line, mark.column, 1)
-            self.source.places[path] = Place(spot, spot)
-        elif self.argument is not None:
-            self.source.places[path] = Place(argument=self.argument)
+        spot = Span(mark.line, mark.column, 1) if mark is not None else None
         about = ", ".join(part for part in (error.context, error.problem) if part)
-        return Mistake(path, f"this is not YAML: {about}", at_key=True)
+        help = "write a text that begins with * in quotes" if "alias" in about else None
+        return Mistake(self._spot(spot), f"this is not YAML: {about}", help, at_key=True)
+
+    def _unreadable(self, text: str, error: yaml.reader.ReaderError) -> Mistake:
+        before = text[: error.position]
+        spot = Span(before.count("\n"), len(before) - before.rfind("\n") - 1, 1)
+        message = f"this is not YAML: the character U+{error.character:04X} is not allowed"
+        return Mistake(self._spot(spot), message, at_key=True)
+
+    def _spot(self, spot: Span | None) -> KeyPath:
+        """A path for a place that belongs to no key."""
+        path: KeyPath = ("<yaml>",)
+        if self.argument is not None:
+            self.source.places[path] = Place(argument=self.argument)
+        elif spot is not None:
+            self.source.places[path] = Place(spot, spot)
+        return path
 
     def wrong(self, path: KeyPath, node: yaml.Node, message: str, at_key: bool = False) -> None:
         if path not in self.source.places:
@@ -122,7 +136,7 @@ class _Reader:
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or NO_TEXT.search(key_node.value):
                 self.wrong((*path, "?"), key_node, "a key must be a plain text", at_key=True)
                 continue
             name = key_node.value
@@ -148,6 +162,8 @@ class _Reader:
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self.wrong(path, node, f"must be a finite number, not {node.value}")
+        if isinstance(value, str) and NO_TEXT.search(value):
+            self.wrong(path, node, "holds an escape that is no character")
         return value
 
 

@@ -83,8 +83,9 @@ class Checkpoints:
         self._prune(state)
 
     def _prune(self, state: State) -> None:
-        """Remove what is neither among the newest nor the best."""
-        kept = {*self.steps()[-self.keep :], state.best.step if state.best else None}
+        """Remove what is neither among the newest nor the best; what lies ahead is damaged, or this run had used it."""
+        done = [step for step in self.steps() if step <= state.step]
+        kept = {*done[-self.keep :], state.best.step if state.best else None}
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from lora_cli.errors import UsageError
+from lora_cli.errors import LoraError, UsageError
 from lora_cli.storage import storage_errors
 
 Line = dict[str, Any]
@@ -43,13 +43,13 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``output_dir/tensorboard``."""
+    """Event files in ``output_dir/tensorboard``. A resumed run hides what came after its checkpoint."""
 
-    def __init__(self, output_dir: Path, recipe: dict[str, Any]) -> None:
+    def __init__(self, output_dir: Path, step: int) -> None:
         _require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output_dir / "tensorboard"))
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -73,15 +73,25 @@ class WandbLike:
         self.module.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": lambda output_dir, recipe: WandbLike("wandb", output_dir, recipe),
-    "trackio": lambda output_dir, recipe: WandbLike("trackio", output_dir, recipe),
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+    "tensorboard": lambda output_dir, recipe, step: TensorBoard(output_dir, step),
+    "wandb": lambda output_dir, recipe, step: WandbLike("wandb", output_dir, recipe),
+    "trackio": lambda output_dir, recipe, step: WandbLike("trackio", output_dir, recipe),
 }
 
 
-def build_trackers(names: list[str], output_dir: Path, recipe: dict[str, Any]) -> list[Tracker]:
-    return [TRACKERS[name](output_dir, recipe) for name in names]
+def build_trackers(names: list[str], output_dir: Path, recipe: dict[str, Any], step: int = 0) -> list[Tracker]:
+    """Start the trackers of a run that goes on after ``step``. Raises ``UsageError`` for one that cannot start."""
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            trackers.append(TRACKERS[name](output_dir, recipe, step))
+        except LoraError:
+            raise
+        except Exception as error:  # no account, no network, an old version: each has exceptions of its own
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UsageError(f"training.report_to: {name} cannot start: {reason}") from error
+    return trackers
 
 
 def check_trackers(names: list[str]) -> None:

@@ -20,6 +20,7 @@ from lora_cli.training.checkpoint import Best, Checkpoints, State
 from lora_cli.training.evaluation import evaluate
 from lora_cli.training.loop import LoopSettings, Step, train_steps
 from lora_cli.training.metrics import Line, MetricsFile, Tracker
+from lora_cli.training.optimizer import trained_parameters
 from lora_cli.training.schedule import is_due
 from lora_cli.training.signals import StopRequest
 
@@ -191,10 +192,21 @@ class Run:
             return True
         state.evaluations_without_improvement += 1
         patience = self.training.early_stopping_patience
-        state.stopped_early = patience is not None and state.evaluations_without_improvement >= patience
+        early = state.step < self.settings.total_steps
+        state.stopped_early = early and patience is not None and state.evaluations_without_improvement >= patience
         return False
 
     def _save(self) -> None:
+        self._check_weights()
         self.state.metrics_bytes = self.metrics.size
         self.checkpoints.save(self.model, self.optimizer, self.state, self.adapter_config)
         self.observer.saved(self.state.step)
+
+    def _check_weights(self) -> None:
+        """An update can overflow where its gradient did not; such weights must not push out the last good ones."""
+        for name, parameter in trained_parameters(self.model).items():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(
+                    f"the weights after step {self.state.step} are not finite ({name}); they were not saved",
+                    "lower training.learning_rate, or use model.dtype: float32",
+                )
