@@ -85,7 +85,8 @@ def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
             [Mistake((*path, "model_type"), f"is not a model type of transformers: {kind}", _near(kind, known_types))]
         )
     settings = {key: value for key, value in values.items() if key != "model_type"}
-    known = set(AutoConfig.for_model(kind).to_dict()) | {"num_labels"}
+    default = AutoConfig.for_model(kind)
+    known = {*default.to_dict(), *default.attribute_map, "num_labels"}
     unknown = [key for key in settings if key not in known]
     if unknown:
         mistakes = [Mistake((*path, key), f"unknown key for {kind}", _near(key, known), at_key=True) for key in unknown]
@@ -249,5 +250,6 @@ def fingerprint(folder: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The first line of a message, and the next where it ends in a colon: there the reason follows."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -27,32 +27,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = [
-    "the",
-    "cat",
-    "sees",
-    "a",
-    "dog",
-    "and",
-    "the",
-    "dog",
-    "sees",
-    "a",
-    "bird",
-    "while",
-    "one",
-    "two",
-    "three",
-    "birds",
-    "sing",
-    "in",
-    "a",
-    "green",
-    "tree",
-    "by",
-    "the",
-    "sea",
-]
+WORDS = "the cat sees a dog and the dog sees a bird while one two three birds sing in a tree by the sea".split()  # noqa: SIM905
 VOCABULARY = 320
 
 TINY: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ parameters of modules trained in full under ``base_model.model.<parameter>``.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.injection import Target, adapters_of, base_name, linear_modules
+from lora_cli.adapters.injection import Target, adapters_of, base_name, linear_modules, outermost
 from lora_cli.adapters.layer import LoRALinear, scaling_of
 from lora_cli.adapters.patterns import shortest_list
 from lora_cli.errors import StorageError, UsageError
@@ -127,7 +128,7 @@ def peft_config(
     }
     optional = {
         "use_rslora": lora.use_rslora,
-        "modules_to_save": saved,
+        "modules_to_save": outermost(saved),
         "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != lora.r},
         "alpha_pattern": _alpha_pattern(layers, lora),
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
@@ -195,7 +196,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-# Variants of PEFT whose tensors mean something else than W + s B A on the base as it is.
+# Variants of PEFT whose tensors mean something else than W + s B A on the base as it is, and tasks without a base here.
 _REFUSED = {
     "use_dora": lambda value: bool(value),
     "lora_bias": lambda value: bool(value),
@@ -205,6 +206,10 @@ _REFUSED = {
     "layer_replication": lambda value: bool(value),
     "alora_invocation_tokens": lambda value: bool(value),
     "use_qalora": lambda value: bool(value),
+    "use_bdlora": lambda value: bool(value),
+    "arrow_config": lambda value: bool(value),
+    "kasa_config": lambda value: bool(value),
+    "task_type": lambda value: value not in (None, *TASK_TYPES.values()),
     # these change the base's weights before training, so the file belongs to another base than it names
     "init_lora_weights": lambda value: str(value).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
 }
@@ -228,7 +233,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
         else:
             adapter.saved[name] = tensor
     for module, pair in pairs.items():
-        if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+        if not _is_pair(pair):
             raise StorageError(f"{folder / WEIGHTS}: A and B of {module} do not fit together")
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], _scaling(config, module, pair["lora_A"]))
     if not adapter.updates and not adapter.saved:
@@ -236,10 +241,15 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
     return adapter
 
 
+def _is_pair(pair: dict[str, Tensor]) -> bool:
+    """A (R, I) and B (O, R)."""
+    if pair.keys() != {"lora_A", "lora_B"} or any(tensor.ndim != 2 for tensor in pair.values()):
+        return False
+    return pair["lora_A"].shape[0] == pair["lora_B"].shape[1]
+
+
 def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
     """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
-    import re
-
     patterns = config.get("alpha_pattern") or {}
     named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = next(named, config.get("lora_alpha", 8))

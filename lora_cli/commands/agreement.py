@@ -19,18 +19,21 @@ MAX_POSITIONS = 512  # compared at most: a vocabulary of 128k makes 262 MB of fl
 MAX_ROWS = 16
 MAX_TOKENS = 128  # of one row
 
-# Mean KL divergence in nats, by the dtype of the merged weights: a few times what one rounding of every weight
-# costs, far below what a wrong scale or a missing layer does.
+# Mean KL divergence in nats that one rounding of every weight may cost, by the dtype of the merged weights.
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
+# And no more than this share of what the adapter itself changes, or rounding has swallowed it: a wrong scale
+# moves the model by about as much as the adapter does. Below the floor nothing can be told from noise.
+SHARE_OF_ADAPTER = 0.25
+FLOORS = {torch.float32: 1e-8, torch.float64: 1e-8, torch.float16: 1e-7, torch.bfloat16: 1e-6}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Base + adapter against the merged model."""
+    """One model against another, by the logits of the first."""
 
     positions: int
     max_abs_difference: float  # of logits
-    mean_kl: float  # KL(base + adapter || merged), nats
+    mean_kl: float  # KL(reference || other), nats
     top1_agreement: float
 
     def within(self, limit: float) -> bool:
@@ -63,6 +66,12 @@ def _row_logits(model: PreTrainedModel, task: str, row: Example) -> Tensor:
         return class_logits(model, collate([row], pad_id=0)).float()
     ids = torch.from_numpy(row.input_ids).long()[None]
     return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def limit_of(dtype: torch.dtype, adapter_kl: float) -> float:
+    """The mean KL, in nats, up to which a merged model counts as the trained one."""
+    dtype = dtype if dtype in LIMITS else torch.bfloat16
+    return min(LIMITS[dtype], max(FLOORS[dtype], SHARE_OF_ADAPTER * adapter_kl))
 
 
 def compare(reference_NV: Tensor, other_NV: Tensor) -> Agreement:

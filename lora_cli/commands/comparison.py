@@ -1,26 +1,79 @@
-"""The rows on which a merged model is compared with what was trained."""
+"""A merged model compared with what was trained: base + adapter, on real rows."""
 
 from __future__ import annotations
 
+import gc
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.commands.agreement import compared_rows
-from lora_cli.commands.fitted import FittedAdapter
+from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.commands.agreement import Agreement, compare, compared_rows, limit_of, logits_of
+from lora_cli.commands.fitted import FittedAdapter, attach_fitted
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.encoding import Example
 from lora_cli.data.rows import read_rows
+from lora_cli.device import memory_errors
 from lora_cli.errors import LoraError
+from lora_cli.models import load_model, read_config
 from lora_cli.recipe import DatasetSection, load_recipe
 
+MEMORY_CURE = "type --no-verify to merge without loading both models"
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "Once upon a time there was a little girl who lived near a great forest.",
     "Water boils at one hundred degrees, and freezes at zero.",
     "What is the sum of seven and twelve? It is nineteen.",
 )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, what was found, and what would have been too much."""
+
+    rows: str
+    agreement: Agreement
+    adapter_mean_kl: float
+    limit_mean_kl: float
+
+    @property
+    def within_limit(self) -> bool:
+        return self.agreement.within(self.limit_mean_kl)
+
+
+def compare_merged(
+    fitted: FittedAdapter,
+    merged: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    stored: torch.dtype,
+    path: str | None,
+    *,
+    remote_code: bool = False,
+) -> Comparison:
+    """Everything in float32, so that what differs is the rounding of the weights alone; one model at a time."""
+    rows, source = rows_to_compare(fitted, tokenizer, path)
+    with memory_errors(MEMORY_CURE):
+        base, trained = _reference_logits(fitted, rows, remote_code)
+        gc.collect()
+        config = read_config(merged, remote_code=remote_code)
+        model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
+        agreement = compare(trained, logits_of(model, fitted.task, rows))
+    adapter_kl = compare(trained, base).mean_kl
+    return Comparison(source, agreement, adapter_kl, limit_of(stored, adapter_kl))
+
+
+def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
+    """The logits of the base alone, and of base + adapter."""
+    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
+    base = logits_of(model, fitted.task, rows)
+    attach_fitted(model, fitted)
+    load_trained(model, {name: tensor.float() for name, tensor in tensors_of(fitted.adapter).items()})
+    return base, logits_of(model, fitted.task, rows)
 
 
 def rows_to_compare(

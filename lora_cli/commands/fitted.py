@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
-from lora_cli.adapters.injection import attach, freeze_base
+from lora_cli.adapters.injection import attach, freeze_base, tied_partner
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -31,6 +31,11 @@ class FittedAdapter:
     @property
     def task(self) -> str:
         return self.adapter.task
+
+    @property
+    def saved(self) -> list[str]:
+        """Modules whose parameters the adapter holds in full."""
+        return sorted({name.rsplit(".", 1)[0] for name in self.adapter.saved})
 
     @property
     def transposed(self) -> set[str]:
@@ -61,7 +66,18 @@ def fit_adapter(
         raise UsageError(
             f"{folder} does not fit the base {base_folder}:\n{shown}{more}", "name the right base with --base"
         )
+    _check_ties(fitted)
     return fitted
+
+
+def _check_ties(fitted: FittedAdapter) -> None:
+    """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
+    for name in fitted.saved:
+        if partner := tied_partner(fitted.skeleton, name):
+            raise UsageError(
+                f"{fitted.folder} was trained with {name} in full, which shares its weight with {partner} "
+                f"in {fitted.base}: this is not supported"
+            )
 
 
 def _base_folder(folder: Path, adapter: Adapter, base: str | None, weights: bool, remote_code: bool) -> Path:
@@ -88,5 +104,4 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
 def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
     attach(model, targets_of(fitted.adapter))
-    saved = sorted({name.rsplit(".", 1)[0] for name in fitted.adapter.saved})
-    freeze_base(model, saved)
+    freeze_base(model, fitted.saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lora_cli.commands.plan import Plan
@@ -53,6 +54,7 @@ def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
             mistakes.append(Mistake(_PLACES[name], f"{what} than when this run began", _CURE))
         else:
             path = _PLACES.get(name, tuple(name.split(".")))
-            mistakes.append(Mistake(path, f"was {then.get(name)} when this run began, and is {now.get(name)}", _CURE))
+            before, after = (json.dumps(values.get(name), ensure_ascii=False) for values in (then, now))
+            mistakes.append(Mistake(path, f"was {before} when this run began, and is {after}", _CURE))
     if mistakes:
         raise RecipeError(mistakes)

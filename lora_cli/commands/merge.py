@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -10,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lora_cli.adapters.files import load_trained, tensors_of
 from lora_cli.adapters.merging import Naming, merge_files
-from lora_cli.commands.agreement import LIMITS, Agreement, compare, logits_of
-from lora_cli.commands.comparison import rows_to_compare
-from lora_cli.commands.fitted import FittedAdapter, attach_fitted, fit_adapter
-from lora_cli.data.encoding import Example
-from lora_cli.device import memory_errors
+from lora_cli.commands.agreement import Agreement
+from lora_cli.commands.comparison import Comparison, compare_merged
+from lora_cli.commands.fitted import FittedAdapter, fit_adapter
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
-from lora_cli.models import fingerprint, load_model, quiet, read_config, read_tokenizer
+from lora_cli.models import fingerprint, quiet, read_config, read_tokenizer
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
-MEMORY_CURE = "type --no-verify to merge without loading both models"
 COPIED = ("generation_config.json",)
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,8 +44,9 @@ class MergeReport:
     dtype: str  # of the merged floating tensors
     bytes: int
     rows: str | None  # where the compared rows come from; none: not compared
-    agreement: Agreement | None
-    limit_mean_kl: float
+    agreement: Agreement | None  # of the merged model with base + adapter
+    adapter_mean_kl: float | None  # what the adapter changes: base + adapter against the base alone
+    limit_mean_kl: float | None
     within_limit: bool | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,13 +82,12 @@ def merge(
         _write_config(fitted, folder, wanted, tokenizer_folder)
         _copy(TOKENIZER_FILES, tokenizer_folder, folder)
         _copy(COPIED, fitted.base, folder)
-        agreement, source = None, None
+        found = None
         if verify:
             tokenizer = read_tokenizer(tokenizer_folder or folder, remote_code=remote_code)
-            examples, source = rows_to_compare(fitted, tokenizer, rows)
-            agreement = _measure(fitted, folder, examples, stored, remote_code)
-        report = _report(fitted, folder, output, stored, agreement, source)
-        _check_agreement(report)
+            found = compare_merged(fitted, folder, tokenizer, stored, rows, remote_code=remote_code)
+            _check_agreement(found)
+        report = _report(fitted, folder, output, stored, found)
         write_json(folder / "merge_report.json", report.to_dict())
     return report
 
@@ -170,53 +164,29 @@ def _copy(names: tuple[str, ...], source: Path | None, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _measure(
-    fitted: FittedAdapter, merged: Path, rows: list[Example], stored: torch.dtype, remote_code: bool
-) -> Agreement:
-    """Both in float32, so that what differs is the rounding of the weights alone; one after the other."""
-    with memory_errors(MEMORY_CURE):
-        reference = _reference_logits(fitted, rows, remote_code)
-        gc.collect()
-        config = read_config(merged, remote_code=remote_code)
-        model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
-        return compare(reference, logits_of(model, fitted.task, rows))
-
-
-def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> Tensor:
-    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
-    attach_fitted(model, fitted)
-    trained = {name: tensor.float() for name, tensor in tensors_of(fitted.adapter).items()}
-    load_trained(model, trained)
-    return logits_of(model, fitted.task, rows)
-
-
 def _report(
-    fitted: FittedAdapter,
-    folder: Path,
-    output: Path,
-    stored: torch.dtype,
-    agreement: Agreement | None,
-    source: str | None,
+    fitted: FittedAdapter, folder: Path, output: Path, stored: torch.dtype, found: Comparison | None
 ) -> MergeReport:
-    limit = LIMITS.get(stored, LIMITS[torch.bfloat16])
     return MergeReport(
         adapter=os.fspath(fitted.folder),
         base=os.fspath(fitted.base),
         output=os.fspath(output),
         dtype=str(stored).removeprefix("torch."),
         bytes=sum(path.stat().st_size for path in weight_files(folder)),
-        rows=source,
-        agreement=agreement,
-        limit_mean_kl=limit,
-        within_limit=agreement.within(limit) if agreement else None,
+        rows=found.rows if found else None,
+        agreement=found.agreement if found else None,
+        adapter_mean_kl=found.adapter_mean_kl if found else None,
+        limit_mean_kl=found.limit_mean_kl if found else None,
+        within_limit=found.within_limit if found else None,
     )
 
 
-def _check_agreement(report: MergeReport) -> None:
-    if report.within_limit is False and report.agreement is not None:
-        figures = report.agreement
-        raise StorageError(
-            f"the merged model is not the trained one: mean KL {figures.mean_kl:.2e} nats over {figures.positions} "
-            f"positions, limit {report.limit_mean_kl:.0e}; nothing was written",
-            "merge with --dtype float32, and report this if it differs there too",
-        )
+def _check_agreement(found: Comparison) -> None:
+    if found.within_limit:
+        return
+    raise StorageError(
+        f"the merged model is not the trained one: mean KL {found.agreement.mean_kl:.2e} nats over "
+        f"{found.agreement.positions} positions, limit {found.limit_mean_kl:.1e} (the adapter itself changes "
+        f"{found.adapter_mean_kl:.2e}); nothing was written",
+        "merge with --dtype float32; where it differs there too, this is a bug to report",
+    )

@@ -21,6 +21,7 @@ from lora_cli.models import quiet
 from lora_cli.storage import is_intact, new_folder, storage_errors, write_json, write_text
 
 OURS = ("recipe.yaml", "resolved.yaml")
+EARLIER = "earlier-"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class OutputFolder:
             raise UsageError(f"output_dir {self.root} is a file")
         if not self.root.is_dir():
             return
-        entries = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(".")]
+        entries = [entry.name for entry in self.root.iterdir() if not entry.name.startswith((".", EARLIER))]
         if entries and not any((self.root / name).exists() for name in OURS):
             raise UsageError(
                 f"output_dir {self.root} holds other files ({', '.join(sorted(entries)[:3])}) and no run of lora",
@@ -67,11 +68,13 @@ class OutputFolder:
 
     def set_aside(self) -> Path | None:
         """Move an earlier run into ``earlier-001`` and so on; nothing is deleted."""
-        entries = [e for e in self.root.iterdir() if e.name != ".lock" and not e.name.startswith("earlier-")]
+        entries = [e for e in self.root.iterdir() if e.name != ".lock" and not e.name.startswith(EARLIER)]
         if not entries:
             return None
-        number = 1 + len(list(self.root.glob("earlier-*")))
-        target = self.root / f"earlier-{number:03d}"
+        numbers = [e.name.removeprefix(EARLIER) for e in self.root.glob(f"{EARLIER}*")]
+        number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
+        target = self.root / f"{EARLIER}{number:03d}"
+        entries.sort(key=lambda e: e.name in OURS)  # last: a kill on the way leaves a folder that is still ours
         with storage_errors(target):
             target.mkdir()
             for entry in entries:
@@ -92,6 +95,8 @@ class OutputFolder:
 def resolved_text(plan: Plan) -> str:
     """The recipe with every default filled in; what is not a key stands in comments, so it stays a recipe."""
     values = plan.recipe.model_dump(exclude_none=True)
+    if plan.recipe.training.max_grad_norm is None:
+        values["training"]["max_grad_norm"] = None  # the one null that is not the default: do not clip
     commit = plan.model.folder.commit if plan.model.folder else None
     if commit:
         values["model"]["revision"] = commit

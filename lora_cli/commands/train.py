@@ -63,10 +63,12 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
     with located(loaded), hold_folder(output.root):
         # 2. is this the beginning, the continuation or the end of a run?
         set_aside = output.set_aside() if fresh else None
-        base = base_folder(plan, output)
-        now = identity(plan, fingerprint(base))
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
         found = checkpoints.newest()
+        if found is None:
+            output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
+        base = base_folder(plan, output)
+        now = identity(plan, fingerprint(base))
         state = found[1] if found else State(run=now)
         check_same_run(state.run, now)
         output.write_recipe(plan)
@@ -94,7 +96,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
                     tracker.close()
         # 5. the best adapter, and the figures
         if state.best is not None and state.best.step != state.step:
-            load_trained(model, read_trained(checkpoints.path(state.best.step)))
+            load_trained(model, read_trained(checkpoints.intact(state.best.step)))
         lines = run.metrics.read()
         summary = summarise(plan, output.result, state, lines)
         save_result(output, plan, model, config, summary, now["base"])

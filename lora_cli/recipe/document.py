@@ -17,9 +17,9 @@ _STATED_DEFAULT = re.compile(r" \(default: (.+)\)$")
 def json_schema() -> dict[str, Any]:
     """Sections may also be written as their shorthand, which the schema says too."""
     schema = Recipe.model_json_schema()
-    for section in ("model", "dataset"):
-        reference = schema["properties"][section]
-        schema["properties"][section] = {"anyOf": [{"type": "string"}, reference]}
+    text = {"type": "string"}
+    for section, shorthands in [("model", [text]), ("dataset", [text, {"type": "array", "items": text}])]:
+        schema["properties"][section] = {"anyOf": [*shorthands, schema["properties"][section]]}
     return schema
 
 

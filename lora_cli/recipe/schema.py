@@ -19,7 +19,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 Task = Literal["causal_lm", "sequence_classification"]
 Method = Literal["lora", "full", "head"]
-Format = Literal["messages", "conversations", "prompt_completion", "instruction", "text", "labelled"]
+Format = Literal["auto", "messages", "conversations", "prompt_completion", "instruction", "text", "labelled"]
 TooLong = Literal["truncate", "skip", "split", "error"]
 
 
@@ -59,9 +59,7 @@ class DatasetSection(Section):
     path: Strings = Field(description="file, folder, glob, a list of them, or a hub id")
     name: Text | None = Field(None, description="configuration of a hub data set")
     split: Split = Field("train", description="split to train on; `train[:1000]` and `train[:10%]` work")
-    format: Literal["auto"] | Format = Field(
-        "auto", description="how a row reads; auto decides by the columns and prints the choice"
-    )
+    format: Format = Field("auto", description="how a row reads; auto decides by the columns and prints the choice")
     columns: dict[str, str] = Field(
         {}, description="our name -> their column, e.g. `{prompt: question, completion: answer}`"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 HEIGHT = 8
 WIDTH = 60
+LOG_RATIO = 20  # a curve that falls by more than this is drawn on a logarithmic scale
 
 
 def draw_curve(points: list[tuple[float, float]], *, width: int = WIDTH, height: int = HEIGHT) -> list[str]:
@@ -15,20 +18,29 @@ def draw_curve(points: list[tuple[float, float]], *, width: int = WIDTH, height:
         return []
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min(ys), max(ys)
+    ends = [f"{high:.4g}", f"{low:.4g}"]
+    if is_logarithmic(ys):
+        points = [(x, math.log(y)) for x, y in points]
+        low, high = math.log(low), math.log(high)
     cells = [[0] * width for _ in range(height)]
     for dot_x, y in enumerate(_resample(points, 2 * width)):
         level = (high - y) / ((high - low) or 1.0)
         dot_y = min(4 * height - 1, int(level * (4 * height - 1) + 0.5))
         cells[dot_y // 4][dot_x // 2] |= _dot(dot_x % 2, dot_y % 4)
-    labels = [f"{high:.4g}"] + [""] * (height - 2) + [f"{low:.4g}"]
+    labels = [ends[0]] + [""] * (height - 2) + [ends[1]]
     margin = max(map(len, labels))
     lines = [
         f"{label:>{margin}} │" + "".join(chr(0x2800 + cell) for cell in row)
         for label, row in zip(labels, cells, strict=True)
     ]
-    ends = f"{xs[0]:g}", f"{xs[-1]:g}"
+    first, last = f"{xs[0]:g}", f"{xs[-1]:g}"
     axis = " " * margin + " └" + "─" * width
-    return [*lines, axis, " " * (margin + 2) + ends[0] + ends[1].rjust(width - len(ends[0]))]
+    return [*lines, axis, " " * (margin + 2) + first + last.rjust(width - len(first))]
+
+
+def is_logarithmic(ys: list[float]) -> bool:
+    """Whether the heights span so much that a linear scale would show a cliff and a floor."""
+    return min(ys) > 0 and max(ys) > LOG_RATIO * min(ys)
 
 
 def _dot(x: int, y: int) -> int:

@@ -15,13 +15,14 @@ def show_merge(console: Console, report: MergeReport) -> None:
         ("wrote", f"{report.output} ({size(report.bytes)}, {report.dtype})"),
     ]
     figures = report.agreement
-    if figures is None:
+    if figures is None or report.limit_mean_kl is None or report.adapter_mean_kl is None:
         rows.append(("compared", "not compared (--no-verify)"))
     else:
         rows += [
             ("compared", f"base + adapter with the merged model, {figures.positions} positions of {report.rows}"),
             ("logits", f"differ by at most {figures.max_abs_difference:.3g}"),
-            ("mean KL", f"{figures.mean_kl:.2e} nats (limit {report.limit_mean_kl:.0e})"),
+            ("mean KL", f"{figures.mean_kl:.2e} nats, limit {report.limit_mean_kl:.1e}"),
+            ("", f"(the adapter itself moves the base by {report.adapter_mean_kl:.2e} nats)"),
             ("same top 1", f"{100 * figures.top1_agreement:.2f} %"),
         ]
     facts(console, rows)

@@ -12,7 +12,7 @@ from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.train import Outcome
 from lora_cli.report.console import facts, table
-from lora_cli.report.curve import draw_curve
+from lora_cli.report.curve import draw_curve, is_logarithmic
 from lora_cli.report.numbers import duration, number, plural, size
 from lora_cli.report.plan import plan_facts
 from lora_cli.tasks import Metrics
@@ -101,6 +101,8 @@ def _where_it_stands(plan: Plan, state: State, set_aside: Path | None) -> str:
         return f"fresh; the earlier run is in {set_aside.name}"
     if state.step == 0:
         return "fresh"
+    if state.step == plan.total_steps or state.stopped_early:
+        return f"finished after step {state.step}"
     return f"resuming after step {state.step} of {plan.total_steps}"
 
 
@@ -146,9 +148,11 @@ def _show_before_after(console: Console, outcome: Outcome) -> None:
 
 
 def _show_curve(console: Console, outcome: Outcome) -> None:
-    lines = draw_curve([(line["step"], line["loss"]) for line in outcome.lines if "loss" in line])
+    points = [(line["step"], line["loss"]) for line in outcome.lines if "loss" in line]
+    lines = draw_curve(points)
     if lines:
-        console.print("\ntraining loss by step", style="bold")
+        scale = " (logarithmic)" if is_logarithmic([loss for _, loss in points]) else ""
+        console.print(f"\ntraining loss by step{scale}", style="bold")
         console.print("\n".join(lines))
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, tensors_of, trained_tensors
+from lora_cli.errors import StorageError
 from lora_cli.storage import is_intact, new_folder, write_json
 from lora_cli.tasks import Metrics
 from lora_cli.training.optimizer import load_optimizer, optimizer_tensors
@@ -67,6 +68,12 @@ class Checkpoints:
             if is_intact(self.path(step)):
                 return self.path(step), read_state(self.path(step))
         return None
+
+    def intact(self, step: int) -> Path:
+        """One checkpoint's folder. Raises ``StorageError`` where a file of it is missing or not as it was written."""
+        if not is_intact(self.path(step)):
+            raise StorageError(f"the checkpoint {self.path(step)} is damaged", "type --fresh to train again")
+        return self.path(step)
 
     def save(
         self,

@@ -1,0 +1,1 @@
+"""Low-rank adapters: the layer, how it begins, where it goes, its files, and how it is merged."""

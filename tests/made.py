@@ -1,0 +1,100 @@
+"""Adapters on disk for tests: ours and PEFT's, with values in A and B so that they change the logits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from conftest import AUTO
+from torch import Tensor, nn
+
+from lora_cli.adapters.files import TASK_TYPES, load_trained, peft_config, save_adapter, tensors_of, trained_tensors
+from lora_cli.adapters.initialisation import initialise
+from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base
+from lora_cli.commands.fitted import attach_fitted, fit_adapter
+from lora_cli.models import fingerprint, head_modules, load_model, read_config
+from lora_cli.recipe import LoraSection
+from lora_cli.seeds import stream
+
+IDS = torch.tensor([[5, 9, 17, 40, 101, 300, 7, 250, 33], [8, 2, 299, 14, 77, 6, 120, 55, 31]])
+CLASSIFIERS = ("bert", "roberta")
+
+
+def task_of(kind: str) -> str:
+    return "sequence_classification" if kind in CLASSIFIERS else "causal_lm"
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().max())
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Move every trained parameter away from where it began."""
+    generator = stream(seed, "perturb")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def base_model(base: Path, task: str, dtype: torch.dtype = torch.float32) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AUTO[task].from_pretrained(base, dtype=dtype).eval()
+
+
+def our_adapter(base: Path, folder: Path, task: str, **lora: Any) -> nn.Module:
+    """Adapt, perturb and save as `lora train` does. Returns the adapted model."""
+    model, _ = load_model(base, read_config(base), task, torch.float32)
+    section = LoraSection(**{"r": 4} | lora)
+    saved = [*head_modules(model, task), *find_saved(model, section.modules_to_save or [])]
+    attach(model, find_targets(model, section, saved), section.lora_dropout)
+    freeze_base(model, saved)
+    initialise(adapters_of(model), section.init_lora_weights, seed=0)
+    perturb(model)
+    folder.mkdir(parents=True)
+    config = peft_config(model, section, task, saved, base=str(base), revision=None)
+    save_adapter(folder, trained_tensors(model), config)
+    return model.eval()
+
+
+def peft_adapter(base: Path, folder: Path, task: str, **config: Any) -> nn.Module:
+    """The same by PEFT."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "task_type": TASK_TYPES[task], "target_modules": "all-linear"} | config
+    model = peft.get_peft_model(base_model(base, task), peft.LoraConfig(**settings))
+    perturb(model)
+    model.save_pretrained(str(folder))
+    return model.eval()
+
+
+def loaded_by_peft(base: Path, folder: Path, task: str) -> nn.Module:
+    return peft.PeftModel.from_pretrained(base_model(base, task), str(folder)).eval()
+
+
+def loaded_by_us(folder: Path, base: str | None = None) -> nn.Module:
+    fitted = fit_adapter(folder, base)
+    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32)
+    attach_fitted(model, fitted)
+    load_trained(model, tensors_of(fitted.adapter))
+    return model.eval()
+
+
+def other_weights(base: Path, folder: Path, task: str) -> Path:
+    """A base with the same names and shapes, and other values."""
+    model = base_model(base, task)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)
+    model.save_pretrained(folder)
+    assert fingerprint(folder) != fingerprint(base)
+    return folder

@@ -1,0 +1,64 @@
+"""The generated parts of the README: ``python -m tests.readme`` writes them, ``test_readme.py`` keeps them current."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from lora_cli.recipe.document import key_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+# From the top floor down, as a recipe walks.
+ORDER = (
+    "cli.py",
+    "__main__.py",
+    "commands",
+    "report",
+    "training",
+    "tasks",
+    "data",
+    "models.py",
+    "adapters",
+    "hub.py",
+    "ops",
+    "recipe",
+    "tensorfile.py",
+    "storage.py",
+    "device.py",
+    "seeds.py",
+    "errors.py",
+)
+
+
+def tree() -> str:
+    """The package's files, each with the first line of its docstring."""
+    lines = ["lora_cli/"]
+    for name in ORDER:
+        path = ROOT / "lora_cli" / name
+        if path.is_dir():
+            lines.append(f"{name + '/':<24}{first_line(path / '__init__.py')}")
+            inner = [file for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
+            lines += [f"  {file.name:<22}{first_line(file)}" for file in inner]
+        else:
+            lines.append(f"{name:<24}{first_line(path)}")
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n")[0].replace("`", "")
+
+
+def current(text: str) -> str:
+    """The README with its generated parts as they should be."""
+    for name, part in {"keys": key_table(), "tree": tree()}.items():
+        pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
+        replacement = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, new=replacement: new, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
