@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_cli
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Stopped
 
 app = typer.Typer(
     name="lora",
@@ -70,8 +70,9 @@ def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
         code, text = 1, f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
     if debug:
         traceback.print_exc()
-    typer.secho("error:", fg="red", bold=True, err=True, nl=False)
-    typer.echo(f" {text}", err=True)
+    if not isinstance(error, Stopped):  # to stop when asked is no error
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(text, err=True)
     if as_json:
         typer.echo(json.dumps({"error": {"exit_code": code, "kind": type(error).__name__, "message": text}}))
     return code
@@ -213,7 +214,7 @@ def merge(
     from lora_cli.report.console import make_console
     from lora_cli.report.merging import show_merge
 
-    target = output or adapter.parent / f"{adapter.resolve().name}-merged"
+    target = output or adapter.resolve().with_name(f"{adapter.resolve().name}-merged")
     report = merge(adapter, target, base=base, dtype=dtype, rows=rows, verify=verify, remote_code=trust_remote_code)
     if as_json:
         _print_json(report.to_dict())

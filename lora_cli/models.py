@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
         )
     settings = {key: value for key, value in values.items() if key != "model_type"}
     default = AutoConfig.for_model(kind)
-    known = {*default.to_dict(), *default.attribute_map, "num_labels"}
+    known = {*default.to_dict(), *default.attribute_map, "num_labels", "head_dim"}  # the last two are read, not listed
     unknown = [key for key in settings if key not in known]
     if unknown:
         mistakes = [Mistake((*path, key), f"unknown key for {kind}", _near(key, known), at_key=True) for key in unknown]
@@ -124,15 +125,19 @@ def empty_model(
 ) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: no weights are read or allocated."""
     auto = model_class(config, task)
+    model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code))
+    _check_attention(model, attn_implementation)
+    return model
+
+
+def build_empty(config: PreTrainedConfig, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=remote_code)
-    except Exception as error:
+            return build()
+    except Exception as error:  # whatever a layer says of sizes that cannot be
         raise UsageError(
             f"no {config.model_type} model can be built from its configuration: {first_line(error)}"
         ) from error
-    _check_attention(model, attn_implementation)
-    return model
 
 
 def _check_attention(model: PreTrainedModel, name: str) -> None:

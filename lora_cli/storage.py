@@ -31,7 +31,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        help = "free some space and type the same command again: it resumes" if full else None
+        help = "free some space and type the same command again" if full else None
         raise StorageError(f"cannot write {path}: {error.strerror or error}", help) from error
     except Exception as error:  # safetensors wraps OSError in an exception of its own
         if type(error).__name__ != "SafetensorError":

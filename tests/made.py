@@ -8,16 +8,17 @@ from typing import Any
 
 import peft
 import torch
-from conftest import AUTO
 from torch import Tensor, nn
 
 from lora_cli.adapters.files import TASK_TYPES, load_trained, peft_config, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
+from lora_cli.commands.provenance import Provenance
 from lora_cli.models import fingerprint, head_modules, load_model, read_config
 from lora_cli.recipe import LoraSection
 from lora_cli.seeds import stream
+from tests.conftest import AUTO
 
 IDS = torch.tensor([[5, 9, 17, 40, 101, 300, 7, 250, 33], [8, 2, 299, 14, 77, 6, 120, 55, 31]])
 CLASSIFIERS = ("bert", "roberta")
@@ -64,6 +65,7 @@ def our_adapter(base: Path, folder: Path, task: str, **lora: Any) -> nn.Module:
     folder.mkdir(parents=True)
     config = peft_config(model, section, task, saved, base=str(base), revision=None)
     save_adapter(folder, trained_tensors(model), config)
+    Provenance(fingerprint(base)).write(folder)
     return model.eval()
 
 

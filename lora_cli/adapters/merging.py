@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.layer import fold
-from lora_cli.errors import UsageError
+from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.storage import write_json
 from lora_cli.tensorfile import DTYPES, NAMES, Entry, tensor_table, write_tensors
@@ -104,7 +104,12 @@ class _Shard:
 
     def producer(self, added: dict[str, Tensor]):  # type: ignore[no-untyped-def]
         """The function that makes each tensor of the new file."""
-        handle = safe_open(self.path, framework="pt")
+        try:
+            handle = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise StorageError(
+                f"{self.path} is not a readable safetensors file: {error}", "download it again"
+            ) from error
 
         def produce(entry: Entry) -> Tensor:
             if entry.name in added:

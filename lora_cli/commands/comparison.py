@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.files import load_trained, tensors_of
-from lora_cli.commands.agreement import Agreement, compare, compared_rows, limit_of, logits_of
+from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
-from lora_cli.commands.plan import make_plan
+from lora_cli.commands.plan import make_plan, position_limit
 from lora_cli.data.encoding import Example
 from lora_cli.data.rows import read_rows
 from lora_cli.device import memory_errors
-from lora_cli.errors import LoraError
+from lora_cli.errors import DataError, LoraError, UsageError
 from lora_cli.models import load_model, read_config
 from lora_cli.recipe import DatasetSection, load_recipe
 
@@ -40,10 +40,16 @@ class Comparison:
     agreement: Agreement
     adapter_mean_kl: float
     limit_mean_kl: float
+    dtype: torch.dtype  # of the merged weights
 
     @property
     def within_limit(self) -> bool:
         return self.agreement.within(self.limit_mean_kl)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the difference is no more than rounding to this type may cost, though the adapter does little."""
+        return self.agreement.within(LIMITS.get(self.dtype, LIMITS[torch.bfloat16]))
 
 
 def compare_merged(
@@ -57,6 +63,7 @@ def compare_merged(
 ) -> Comparison:
     """Everything in float32, so that what differs is the rounding of the weights alone; one model at a time."""
     rows, source = rows_to_compare(fitted, tokenizer, path)
+    rows = _fitting(rows, fitted)
     with memory_errors(MEMORY_CURE):
         base, trained = _reference_logits(fitted, rows, remote_code)
         gc.collect()
@@ -64,7 +71,7 @@ def compare_merged(
         model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
         agreement = compare(trained, logits_of(model, fitted.task, rows))
     adapter_kl = compare(trained, base).mean_kl
-    return Comparison(source, agreement, adapter_kl, limit_of(stored, adapter_kl))
+    return Comparison(source, agreement, adapter_kl, limit_of(stored, adapter_kl), stored)
 
 
 def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
@@ -94,6 +101,21 @@ def rows_to_compare(
         else:
             return compared_rows(dataset.eval or dataset.train), "held-out rows" if dataset.eval else "training rows"
     return _plain_rows(tokenizer, list(SENTENCES)), "built-in sentences"
+
+
+def _fitting(rows: list[Example], fitted: FittedAdapter) -> list[Example]:
+    """The rows, cut to the positions that the model has. Raises ``UsageError`` for ids that it does not embed."""
+    if not rows:
+        raise DataError("none of the rows to compare on has a token", "name others with --rows")
+    largest = max(int(row.input_ids.max()) for row in rows)
+    embedded = getattr(fitted.skeleton.get_input_embeddings(), "num_embeddings", largest + 1)
+    if largest >= embedded:
+        raise UsageError(
+            f"the tokenizer gives id {largest}, and the model embeds ids below {embedded} only",
+            "put the model's own tokenizer beside the adapter, or type --no-verify",
+        )
+    limit = position_limit(fitted.skeleton)
+    return [Example(row.input_ids[:limit], row.supervised[:limit], row.where, row.label) for row in rows]
 
 
 def _texts(columns: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_cli.data.dataset import labels_of, read_train
 from lora_cli.data.files import is_local
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.hub import model_folder
-from lora_cli.models import AUTO_CLASSES, empty_model, load_config, quiet, read_config, set_labels
+from lora_cli.models import AUTO_CLASSES, build_empty, empty_model, load_config, read_config, set_labels
 from lora_cli.recipe import Recipe, load_recipe
 
 
@@ -56,6 +57,8 @@ def count_params(
 ) -> ParameterCount:
     """Count a recipe's model with its adapters, an adapter folder on its base, or a model as it is."""
     path = Path(what).expanduser()
+    if base is not None and not (path / CONFIG).is_file():
+        raise UsageError(f"--base belongs to an adapter, and {what} is none")
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _of_recipe(path, overrides or [], remote_code)
     if overrides:
@@ -96,13 +99,10 @@ def _labels(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
 
 def _model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model that ``config.json`` names, whatever its task."""
-    import torch
-
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None)
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        with quiet(), torch.device("meta"):
-            return model_class(config)
+        return build_empty(config, partial(model_class, config))
     task = next((task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping), None)
     if task is None:
         raise UsageError(f"{config.model_type} models cannot be built from a configuration alone")

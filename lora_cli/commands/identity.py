@@ -19,6 +19,9 @@ FREE_KEYS = {
     "training.save_total_limit",
     "training.report_to",
     "training.per_device_eval_batch_size",
+    "training.gradient_checkpointing",  # the cures for too little memory: they give the same steps
+    "training.per_device_train_batch_size",  # the rows of a step are compared
+    "training.gradient_accumulation_steps",
 }
 
 
@@ -26,6 +29,7 @@ def identity(plan: Plan, base_fingerprint: str) -> dict[str, Any]:
     """Flat, so that a difference has a name."""
     return fixed_keys(plan.recipe) | {
         "rows": plan.dataset.fingerprint(),
+        "rows_per_step": plan.steps.rows_per_step,
         "base": base_fingerprint,
         "dtype": str(plan.dtype).removeprefix("torch."),
     }
@@ -39,7 +43,12 @@ def fixed_keys(recipe: Recipe) -> dict[str, Any]:
     return flat
 
 
-_PLACES: dict[str, KeyPath] = {"rows": ("dataset", "path"), "base": ("model", "path"), "dtype": ("model", "dtype")}
+_PLACES: dict[str, KeyPath] = {
+    "rows": ("dataset", "path"),
+    "rows_per_step": ("training", "per_device_train_batch_size"),
+    "base": ("model", "path"),
+    "dtype": ("model", "dtype"),
+}
 _CURE = "put it back to go on, type --fresh to start over, or choose another output_dir"
 
 
@@ -49,12 +58,15 @@ def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) == now.get(name):
             continue
+        path = _PLACES.get(name, tuple(name.split(".")))
+        before, after = (json.dumps(values.get(name), ensure_ascii=False) for values in (then, now))
         if name in ("rows", "base"):
             what = {"rows": "holds other rows", "base": "holds other weights"}[name]
-            mistakes.append(Mistake(_PLACES[name], f"{what} than when this run began", _CURE))
+            message = f"{what} than when this run began"
+        elif name == "rows_per_step":
+            message = f"x gradient_accumulation_steps made {before} rows a step when this run began, and makes {after}"
         else:
-            path = _PLACES.get(name, tuple(name.split(".")))
-            before, after = (json.dumps(values.get(name), ensure_ascii=False) for values in (then, now))
-            mistakes.append(Mistake(path, f"was {before} when this run began, and is {after}", _CURE))
+            message = f"was {before} when this run began, and is {after}"
+        mistakes.append(Mistake(path, message, _CURE))
     if mistakes:
         raise RecipeError(mistakes)

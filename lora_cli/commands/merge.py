@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.merging import Naming, merge_files
 from lora_cli.commands.agreement import Agreement
@@ -71,11 +72,13 @@ def merge(
     # 1. what can be wrong before anything is written
     _check_output(output)
     fitted = fit_adapter(adapter, base, remote_code=remote_code)
+    _check_quantized(fitted)
     _check_fingerprint(fitted)
     wanted = getattr(torch, dtype) if dtype else None
     stored = wanted or _stored_dtype(fitted.base)
     _check_space(fitted.base, output, wanted)
     tokenizer_folder = _tokenizer_folder(fitted)
+    tokenizer = _tokenizer(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
         merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
@@ -83,8 +86,7 @@ def merge(
         _copy(TOKENIZER_FILES, tokenizer_folder, folder)
         _copy(COPIED, fitted.base, folder)
         found = None
-        if verify:
-            tokenizer = read_tokenizer(tokenizer_folder or folder, remote_code=remote_code)
+        if tokenizer is not None:
             found = compare_merged(fitted, folder, tokenizer, stored, rows, remote_code=remote_code)
             _check_agreement(found)
         report = _report(fitted, folder, output, stored, found)
@@ -95,6 +97,16 @@ def merge(
 def _check_output(output: Path) -> None:
     if output.exists():
         raise UsageError(f"{output} exists already", "name another folder with -o")
+
+
+def _check_quantized(fitted: FittedAdapter) -> None:
+    settings = getattr(fitted.config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise UsageError(
+            f"{fitted.base} is stored quantized ({method}): its numbers are not the weights",
+            "name the base that it was made from with --base",
+        )
 
 
 def _check_fingerprint(fitted: FittedAdapter) -> None:
@@ -108,12 +120,14 @@ def _check_fingerprint(fitted: FittedAdapter) -> None:
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
-    """The type of most of the base's bytes."""
-    sizes: dict[str, int] = {}
+    """The floating type of most of the base's bytes."""
+    sizes = {torch.float32: 0}
     for path in weight_files(base):
         for entry in tensor_table(path):
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.num_bytes
-    return DTYPES[max(sizes, key=lambda name: sizes[name])]
+            dtype = DTYPES.get(entry.dtype)
+            if dtype is not None and dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + entry.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _check_space(base: Path, output: Path, wanted: torch.dtype | None) -> None:
@@ -139,6 +153,16 @@ def _tokenizer_folder(fitted: FittedAdapter) -> Path | None:
         if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
             return folder
     return None
+
+
+def _tokenizer(fitted: FittedAdapter, folder: Path | None, remote_code: bool) -> PreTrainedTokenizerFast:
+    """For the rows to compare on."""
+    if folder is None:
+        raise UsageError(
+            f"neither {fitted.folder} nor {fitted.base} holds a tokenizer to compare rows with",
+            "put one beside the adapter, or type --no-verify",
+        )
+    return read_tokenizer(folder, remote_code=remote_code)
 
 
 def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | None, tokenizer: Path | None) -> None:
@@ -184,6 +208,12 @@ def _report(
 def _check_agreement(found: Comparison) -> None:
     if found.within_limit:
         return
+    if found.is_rounding:
+        raise StorageError(
+            f"rounding would change the model by {found.agreement.mean_kl:.2e} nats (mean KL), and the adapter itself "
+            f"by only {found.adapter_mean_kl:.2e}: part of what was trained would be lost; nothing was written",
+            "merge with --dtype float32",
+        )
     raise StorageError(
         f"the merged model is not the trained one: mean KL {found.agreement.mean_kl:.2e} nats over "
         f"{found.agreement.positions} positions, limit {found.limit_mean_kl:.1e} (the adapter itself changes "

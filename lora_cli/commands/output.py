@@ -16,7 +16,7 @@ from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.provenance import Provenance
 from lora_cli.commands.summary import Summary, versions
-from lora_cli.errors import UsageError
+from lora_cli.errors import StorageError, UsageError
 from lora_cli.models import quiet
 from lora_cli.storage import is_intact, new_folder, storage_errors, write_json, write_text
 
@@ -54,9 +54,17 @@ class OutputFolder:
         return self.root / "base"
 
     def check_usable(self) -> None:
-        """Raises ``UsageError`` for a path that is no folder, or a folder with somebody else's files."""
+        """Raises ``UsageError`` for a path that is no folder, or a folder with somebody else's files.
+
+        ``StorageError`` where nothing can be written: that should not come out after the rows were read.
+        """
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(f"output_dir {self.root} is a file")
+        existing = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise StorageError(f"cannot write {self.root}: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise StorageError(f"cannot write {self.root}: no permission to write in {existing}")
         if not self.root.is_dir():
             return
         entries = [entry.name for entry in self.root.iterdir() if not entry.name.startswith((".", EARLIER))]

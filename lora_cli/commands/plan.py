@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,7 +198,7 @@ def _schedule(recipe: Recipe, num_rows: int) -> tuple[StepPlan, int, int]:
         training.seed,
         recipe.dataset.shuffle,
     )
-    total = training.max_steps or max(1, math.ceil(training.num_train_epochs * steps.steps_per_epoch))
+    total = training.max_steps or max(1, steps_in(float(training.num_train_epochs), steps.steps_per_epoch))
     warmup = steps_in(training.warmup_steps, total)
     if training.warmup_steps >= 1 and warmup >= total:
         message = f"{warmup} steps of warm-up do not fit into a run of {total} steps"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base
+from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
@@ -53,7 +53,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
         model.requires_grad_(True)
         return [], []
     saved = find_saved(model, recipe.lora.modules_to_save or [])
-    saved = list(dict.fromkeys([*head_modules(model, recipe.task), *saved]))
+    saved = outermost([*head_modules(model, recipe.task), *saved])
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     attach(model, targets, recipe.lora.lora_dropout)
     freeze_base(model, saved)

@@ -111,8 +111,8 @@ def _content(value: Any) -> str:
 def _checked_turns(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for turn in turns:
         if turn["role"] not in ROLES:
-            close = difflib.get_close_matches(str(turn["role"]), [*ROLES, *SHAREGPT_ROLES], n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            close = difflib.get_close_matches(turn["role"].lower(), [*ROLES, *SHAREGPT_ROLES], n=1)
+            hint = f" (did you mean {SHAREGPT_ROLES.get(close[0], close[0])}?)" if close else ""
             raise ValueError(f"unknown role '{turn['role']}'{hint}")
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise ValueError("an assistant message is empty")

@@ -270,7 +270,7 @@ def _read_hub(path: str, name: str | None, split: str, result: Rows) -> None:
     try:
         table = load_dataset(path, name, split=split)
     except Exception as error:  # datasets raises whatever its builders raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
             f"there is no file {path}, and no data set of that name could be loaded from the hub ({reason})",
             similar(Path(path)) if os.path.isdir(os.path.dirname(path) or ".") else None,

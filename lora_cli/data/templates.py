@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os.path
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,13 @@ from lora_cli.errors import DataError, UsageError
 
 Messages = list[dict[str, Any]]
 MARKER = "\u2063assistant\u2063turn\u2063"  # invisible separators: no template trims or splits on them
-TODAY = datetime(2024, 7, 26)  # for templates that print the date: the same rows tomorrow, or no run could resume
+DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri"}
+# In front of templates that print today's date: a run must read the same tomorrow, or it could not be resumed.
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in DATE.items())
+    + " }}{% endmacro %}\n"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, path: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = _read_template(path) if path else _own_template(tokenizer)
-        self.end_tokens = sorted({*tokenizer.all_special_tokens, *_added_special(tokenizer)}, key=len, reverse=True)
+        if self.template and "strftime_now" in self.template:
+            self.template = FIXED_DATE + self.template
+        self.specials = {*tokenizer.all_special_tokens, *_added_special(tokenizer)}
 
     def render(self, messages: Messages, *, prompt: bool = False) -> str:
         """Raises ``ValueError`` with the template's own complaint."""
@@ -52,7 +58,6 @@ class ChatTemplate:
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=prompt,
-                    strftime_now=TODAY.strftime,
                 )
             )
         except Exception as error:  # a template is a program, and may raise anything
@@ -79,25 +84,26 @@ class ChatTemplate:
             raise ValueError(
                 "the chat template rewrites an assistant turn, so its tokens cannot be told from the prompt's"
             )
-        if index + 1 < len(messages):  # the next turn's header and text are no end: only what belongs to this turn
-            after = self.render([*messages[:index], marked], prompt=True).partition(MARKER)[2]
-            after = after.removesuffix(self._opening)
-        return self._ended(text, start, end, end + _shared(after, text[end:]))
+        alone = [*messages[:index], marked]
+        for prompt_follows in (False, True):  # gpt-oss ends the last turn with another token than those before it
+            after = self.render(alone, prompt=prompt_follows).partition(MARKER)[2]
+            limit = end + _shared(after, text[end:])  # beyond it stands what belongs to the next turn
+            position, token = self._first_special(text, end, limit)
+            if token and not (prompt_follows and token in self._openers(text)):
+                return Span(start, position + len(token), ended=True)
+        return Span(start, end, ended=False)
 
-    def _ended(self, text: str, start: int, end: int, limit: int) -> Span:
-        """The span with the first special token between its end and ``limit``, where the next turn begins."""
-        ends = [(position, -len(token)) for token in self.end_tokens if (position := text.find(token, end, limit)) >= 0]
-        if not ends:
-            return Span(start, end, ended=False)
-        position, negative_length = min(ends)
-        return Span(start, position - negative_length, ended=True)
+    def _first_special(self, text: str, start: int, end: int) -> tuple[int, str]:
+        """Where the first special token stands, the longest of several; an empty one where there is none."""
+        found = [(at, -len(token), token) for token in self.specials if (at := text.find(token, start, end)) >= 0]
+        position, _, token = min(found, default=(end, 0, ""))
+        return position, token
 
-    @cached_property
-    def _opening(self) -> str:
-        """What the generation prompt adds: the header of an assistant's turn."""
-        plain = [{"role": "user", "content": "Hello"}]
-        prompt, without = self.render(plain, prompt=True), self.render(plain)
-        return prompt[_shared(prompt, without) :]
+    def _openers(self, text: str) -> set[str]:
+        """The special tokens that begin a dialogue: they may begin any turn, and end none."""
+        at, first = self._first_special(text, 0, len(text))
+        _, second = self._first_special(text, at + len(first), len(text))
+        return {first, second} if first == self.tokenizer.bos_token else {first}
 
 
 def _shared(first: str, second: str) -> int:

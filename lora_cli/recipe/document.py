@@ -17,9 +17,10 @@ _STATED_DEFAULT = re.compile(r" \(default: (.+)\)$")
 def json_schema() -> dict[str, Any]:
     """Sections may also be written as their shorthand, which the schema says too."""
     schema = Recipe.model_json_schema()
-    text = {"type": "string"}
-    for section, shorthands in [("model", [text]), ("dataset", [text, {"type": "array", "items": text}])]:
-        schema["properties"][section] = {"anyOf": [*shorthands, schema["properties"][section]]}
+    text: dict[str, Any] = {"type": "string"}
+    shorthands = {"model": [text], "dataset": [text, {"type": "array", "items": text}]}
+    for section, forms in shorthands.items():
+        schema["properties"][section] = {"anyOf": [*forms, schema["properties"][section]]}
     return schema
 
 

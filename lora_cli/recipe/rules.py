@@ -57,6 +57,15 @@ def _one_model(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         yield Mistake(("model", "revision"), "belongs to model.path")
 
 
+def _attention_is_no_code(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if "/" in recipe.model.attn_implementation:
+        yield Mistake(
+            ("model", "attn_implementation"),
+            "names code on the hub, and a recipe is data",
+            "use a name that transformers knows, such as sdpa or eager",
+        )
+
+
 def _float32_for_full(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     if recipe.method == "full" and recipe.model.dtype in ("bfloat16", "float16"):
         yield Mistake(
@@ -142,6 +151,7 @@ def _warmup_fits(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _one_model,
+    _attention_is_no_code,
     _float32_for_full,
     _method_keys,
     _task_format,

@@ -1,0 +1,169 @@
+"""Order, steps and padding: each row once an epoch, whatever the batch size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_cli.data.batches import IGNORE_INDEX, Batch, StepPlan, collate, evaluation_batches
+from lora_cli.data.encoding import Example
+
+FUZZ = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+PLANS = st.builds(
+    StepPlan,
+    num_rows=st.integers(1, 40),
+    micro_batch_size=st.integers(1, 9),
+    accumulation=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+    shuffle=st.booleans(),
+)
+
+
+def example(ids: list[int], supervised: list[int], where: str = "x", label: int | None = None) -> Example:
+    mask = np.zeros(len(ids), dtype=bool)
+    mask[supervised] = True
+    return Example(np.array(ids, dtype=np.int32), mask, where, label)
+
+
+def rows_of_lengths(*lengths: int) -> list[Example]:
+    return [example(list(range(n)), [n - 1], f"row {index}") for index, n in enumerate(lengths)]
+
+
+def epoch(plan: StepPlan, number: int) -> list[int]:
+    first = number * plan.steps_per_epoch
+    return [row for step in range(first, first + plan.steps_per_epoch) for row in plan.rows_of(step)]
+
+
+# --- order
+
+
+@FUZZ
+@given(plan=PLANS, number=st.integers(0, 50))
+def test_each_row_once_an_epoch(plan: StepPlan, number: int):
+    assert sorted(epoch(plan, number)) == list(range(plan.num_rows))
+
+
+@FUZZ
+@given(plan=PLANS, steps=st.lists(st.integers(0, 100), max_size=8))
+def test_order_is_a_function_of_seed_and_step(plan: StepPlan, steps: list[int]):
+    """Whatever was asked before: a resumed run sees what the uninterrupted one would have seen."""
+    asked = {step: plan.rows_of(step) for step in steps}
+    again = StepPlan(plan.num_rows, plan.micro_batch_size, plan.accumulation, plan.seed, plan.shuffle)
+    for step in reversed(steps):
+        assert again.rows_of(step) == asked[step]
+
+
+def test_what_is_returned_may_be_changed():
+    plan = StepPlan(8, 4, 1, seed=0)
+    before = plan.rows_of(0)
+    plan.rows_of(0).clear()
+    plan.rows_of(0).sort()
+    assert plan.rows_of(0) == before
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    plan, other = StepPlan(30, 8, 1, seed=1), StepPlan(30, 8, 1, seed=2)
+    orders = [tuple(epoch(p, number)) for p in (plan, other) for number in range(3)]
+    assert len(set(orders)) == 6
+    assert tuple(range(30)) not in orders
+
+
+def test_without_shuffle_the_order_is_that_of_the_rows():
+    plan = StepPlan(10, 2, 2, seed=1, shuffle=False)
+    assert [plan.rows_of(step) for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "accumulation", "steps"),
+    [(8, 4, 2, 1), (9, 4, 2, 2), (1, 8, 4, 1), (24, 4, 1, 6), (25, 4, 1, 7)],
+)
+def test_steps_per_epoch(rows: int, micro: int, accumulation: int, steps: int):
+    plan = StepPlan(rows, micro, accumulation, seed=0)
+    assert plan.steps_per_epoch == steps
+    assert plan.rows_per_step == micro * accumulation
+    assert plan.epoch_of(steps) == 1.0
+    assert plan.epoch_of(0) == 0.0
+
+
+# --- steps
+
+
+def test_a_step_holds_the_same_rows_however_it_is_cut():
+    """1 x 8, 2 x 4, 4 x 2 and 8 x 1 rows."""
+    examples = rows_of_lengths(*[3 + (7 * n) % 11 for n in range(21)])
+    for step in range(6):
+        cuts = []
+        for micro, accumulation in [(1, 8), (2, 4), (4, 2), (8, 1)]:
+            batches = StepPlan(21, micro, accumulation, seed=5).micro_batches(examples, step)
+            assert all(len(batch) <= micro for batch in batches)
+            assert len(batches) <= accumulation
+            cuts.append(sorted(row.where for batch in batches for row in batch))
+        assert cuts[0] == cuts[1] == cuts[2] == cuts[3]
+
+
+@FUZZ
+@given(plan=PLANS, step=st.integers(0, 60))
+def test_micro_batches_are_the_steps_rows(plan: StepPlan, step: int):
+    examples = rows_of_lengths(*[2 + (5 * n) % 13 for n in range(plan.num_rows)])
+    batches = plan.micro_batches(examples, step)
+    assert sorted(row.where for batch in batches for row in batch) == sorted(f"row {n}" for n in plan.rows_of(step))
+    lengths = [len(row.input_ids) for batch in batches for row in batch]
+    assert lengths == sorted(lengths, reverse=True)  # neighbours of like length: less padding
+
+
+# --- collation
+
+
+def test_padding_and_labels():
+    batch = collate([example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")], pad_id=3)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.labels.tolist() == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 9, IGNORE_INDEX]]
+    assert (batch.where, batch.num_targets, batch.num_tokens) == (["a", "b"], 3, 5)
+    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
+
+
+def test_a_target_that_is_the_pad_id_stays_a_target():
+    """Padding is known by position: where pad and end are one token, ends are learned."""
+    batch = collate([example([5, 3, 3], [1, 2]), example([5, 3], [1])], pad_id=3)
+    assert batch.labels.tolist() == [[IGNORE_INDEX, 3, 3], [IGNORE_INDEX, 3, IGNORE_INDEX]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.num_targets == 3
+
+
+def test_labels_of_a_classifier():
+    batch = collate([example([5, 6], [], label=2), example([7], [], label=0)], pad_id=0)
+    assert batch.labels.tolist() == [2, 0]
+    assert batch.num_targets == 2
+
+
+def test_a_batch_checks_itself():
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(AssertionError):
+        Batch(ids, ids[:, :2], ids, ["a", "b"], 1)
+    with pytest.raises(AssertionError):
+        Batch(ids, ids, ids, ["a"], 1)
+    with pytest.raises(AssertionError):
+        Batch(ids, ids, ids, ["a", "b"], 0)
+
+
+def test_a_batch_on_a_device_is_the_same_batch():
+    batch = collate(rows_of_lengths(2, 3), pad_id=0)
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.input_ids, batch.input_ids)
+    assert torch.equal(moved.labels, batch.labels)
+    assert (moved.where, moved.num_targets) == (batch.where, batch.num_targets)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+def test_evaluation_sees_every_row_once_the_longest_first(size: int):
+    examples = rows_of_lengths(*[2 + (5 * n) % 13 for n in range(20)])
+    batches = list(evaluation_batches(examples, size, pad_id=0))
+    assert [len(batch.where) for batch in batches] == [min(size, 20 - start) for start in range(0, 20, size)]
+    assert sorted(where for batch in batches for where in batch.where) == sorted(e.where for e in examples)
+    widths = [batch.input_ids.shape[1] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == max(len(e.input_ids) for e in examples)

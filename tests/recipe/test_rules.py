@@ -1,0 +1,198 @@
+"""Rules across keys: each is broken by one recipe and kept by its nearest neighbour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_cli.errors import RecipeError
+from lora_cli.recipe import load_recipe
+from lora_cli.recipe.rules import EVALUATION_METRICS, RULES, has_evaluation
+
+START = "model: m\ndataset: d.jsonl\noutput_dir: o\n"
+CLASSIFY = "task=sequence_classification"
+RANDOM = ["model.path=null", "model.tokenizer=t", "model.config={model_type: llama}"]
+NEEDS_ROWS = "needs evaluation rows"
+METRIC = "training.metric_for_best_model"
+
+# (rule, arguments that break it, the key it names, the message, arguments that keep it)
+BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
+    ("_one_model", ["model.path=null"], "model", "needs a path, or a config for a random model", []),
+    ("_one_model", ["model.config={model_type: llama}"], "model", "has both a path and a config", RANDOM),
+    ("_one_model", [*RANDOM, "model.config={}"], "model.config", "needs model_type, for example llama", RANDOM),
+    ("_one_model", [*RANDOM, "model.tokenizer=null"], "model", "a random model has no tokenizer of its own", RANDOM),
+    ("_one_model", [*RANDOM, "model.revision=x"], "model.revision", "belongs to model.path", ["model.revision=x"]),
+    (
+        "_attention_is_no_code",
+        ["model.attn_implementation=org/kernel"],
+        "model.attn_implementation",
+        "names code on the hub, and a recipe is data",
+        ["model.attn_implementation=sdpa"],
+    ),
+    *(
+        (
+            "_float32_for_full",
+            ["method=full", f"model.dtype={dtype}"],
+            "model.dtype",
+            f"{dtype} weights lose small updates when they are trained in full",
+            neighbour,
+        )
+        for dtype, neighbour in [
+            ("bfloat16", ["method=full", "model.dtype=float32"]),
+            ("float16", ["method=lora", "model.dtype=float16"]),
+        ]
+    ),
+    ("_method_keys", ["method=full", "lora.r=4"], "lora.r", "has no effect with method: full", ["lora.r=4"]),
+    (
+        "_method_keys",
+        [CLASSIFY, "method=head", "lora.r=4"],
+        "lora.r",
+        "has no effect with method: head",
+        [CLASSIFY, "lora.r=4"],
+    ),
+    (
+        "_method_keys",
+        ["method=full", "lora.modules_to_save=[a]"],
+        "lora.modules_to_save",
+        "has no effect with method: full",
+        ["method=head", "lora.modules_to_save=[a]"],
+    ),
+    (
+        "_method_keys",
+        ["method=head"],
+        "method",
+        "head trains a classifier's head, and a causal_lm has none",
+        [CLASSIFY, "method=head"],
+    ),
+    *(
+        (
+            "_task_format",
+            [CLASSIFY, f"dataset.format={format}"],
+            "dataset.format",
+            "must be labelled for task: sequence_classification",
+            [f"dataset.format={format}"],
+        )
+        for format in ("messages", "conversations", "prompt_completion", "instruction", "text")
+    ),
+    (
+        "_task_format",
+        ["dataset.format=labelled"],
+        "dataset.format",
+        "labelled rows belong to task: sequence_classification",
+        [CLASSIFY, "dataset.format=labelled"],
+    ),
+    *(
+        (
+            "_task_format",
+            [CLASSIFY, f"dataset.{key}={value}"],
+            f"dataset.{key}",
+            "has no effect on a classifier",
+            [f"dataset.{key}={value}"],
+        )
+        for key, value in [("system_prompt", "x"), ("train_on_prompt", "true"), ("chat_template", "x")]
+    ),
+    *(
+        (
+            "_split_is_for_text",
+            ["dataset.too_long=split", *more],
+            "dataset.too_long",
+            "split cuts running text only",
+            neighbour,
+        )
+        for more, neighbour in [
+            (["dataset.format=messages"], ["dataset.too_long=split", "dataset.format=text"]),
+            (["dataset.format=prompt_completion"], ["dataset.too_long=split"]),
+            ([CLASSIFY], [CLASSIFY, "dataset.too_long=skip"]),
+        ]
+    ),
+    *(
+        (
+            "_evaluation_source",
+            ["dataset.eval_size=0.1", f"dataset.{key}=x"],
+            "dataset.eval_size",
+            f"goes not with {key}",
+            [f"dataset.{key}=x"],
+        )
+        for key in ("eval_path", "eval_split")
+    ),
+    *(
+        ("_evaluation_source", [argument], argument.partition("=")[0], NEEDS_ROWS, [argument, rows])
+        for argument in ("training.early_stopping_patience=2", f"{METRIC}=eval_perplexity")
+        for rows in ("dataset.eval_size=3", "dataset.eval_size=0.1", "dataset.eval_path=x", "dataset.eval_split=x")
+    ),
+    *(
+        (
+            "_known_metric",
+            ["dataset.eval_size=1", task, f"{METRIC}={metric}"],
+            METRIC,
+            "must be one of eval_loss, ",
+            neighbour,
+        )
+        for task, metric, neighbour in [
+            ("task=causal_lm", "eval_accuracy", ["dataset.eval_size=1", CLASSIFY, f"{METRIC}=eval_accuracy"]),
+            (CLASSIFY, "eval_perplexity", ["dataset.eval_size=1", f"{METRIC}=eval_perplexity"]),
+            (CLASSIFY, "loss", ["dataset.eval_size=1", f"{METRIC}=eval_loss"]),
+        ]
+    ),
+    (
+        "_warmup_fits",
+        ["training.warmup_steps=10", "training.max_steps=10"],
+        "training.warmup_steps",
+        "10 steps of warm-up do not fit into 10 steps",
+        ["training.warmup_steps=9", "training.max_steps=10"],
+    ),
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(START)
+    return path
+
+
+@pytest.mark.parametrize(("rule", "arguments", "key", "message", "neighbour"), BROKEN)
+def test_rules(rule: str, arguments: list[str], key: str, message: str, neighbour: list[str], start: Path):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(start, arguments)
+    (mistake,) = caught.value.mistakes
+    assert mistake.name == key
+    assert mistake.message.startswith(message)
+    load_recipe(start, neighbour)
+
+
+def test_every_rule_is_broken_once_at_least():
+    assert {rule for rule, *_ in BROKEN} == {rule.__name__ for rule in RULES}
+
+
+def test_all_broken_rules_are_told_at_once(start: Path):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(start, ["method=full", "model.dtype=float16", "lora.r=1", f"{METRIC}=x", "dataset.format=labelled"])
+    assert [m.name for m in caught.value.mistakes] == ["model.dtype", "lora.r", "dataset.format", METRIC, METRIC]
+
+
+def test_a_key_with_its_default_breaks_no_rule(start: Path):
+    """resolved.yaml writes every key, and must be a recipe again."""
+    load_recipe(start, ["method=full", "lora={r: 16, lora_alpha: 32, use_rslora: false}", f"{METRIC}=eval_loss"])
+    load_recipe(start, [CLASSIFY, "dataset={path: d, system_prompt: null, train_on_prompt: false}"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "has"),
+    [
+        ("dataset.eval_size=0", False),
+        ("dataset.eval_size=0.0", False),
+        ("dataset.eval_size=1", True),
+        ("dataset.eval_path=x", True),
+        ("dataset.eval_split=test", True),
+    ],
+)
+def test_has_evaluation(argument: str, has: bool, start: Path):
+    assert has_evaluation(load_recipe(start, [argument]).recipe) is has
+
+
+@pytest.mark.parametrize("task", EVALUATION_METRICS)
+def test_every_metric_that_a_task_has_may_decide(task: str, start: Path):
+    for metric in EVALUATION_METRICS[task]:
+        load_recipe(start, [f"task={task}", "dataset.eval_size=1", f"{METRIC}={metric}"])

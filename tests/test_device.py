@@ -1,0 +1,107 @@
+"""The device, its dtype, and the many ways of running out of memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import pytest
+import torch
+
+from lora_cli.device import choose_device, choose_dtype, computes_bfloat16, memory_errors, peak_memory_bytes
+from lora_cli.errors import OutOfMemoryError
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to have a GPU of a capability, or Apple's."""
+
+    def pretend(*, cuda: tuple[int, int] | None = None, mps: bool = False, bf16_cpu: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16_cpu)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "use_cpu", "expected"),
+    [
+        ((8, 0), True, False, CUDA),
+        (None, True, False, MPS),
+        (None, False, False, CPU),
+        ((8, 0), True, True, CPU),
+        (None, True, True, CPU),
+    ],
+)
+def test_cuda_then_mps_then_cpu_unless_the_cpu_is_asked_for(machine, cuda, mps, use_cpu, expected):
+    machine(cuda=cuda, mps=mps)
+    assert choose_device(use_cpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "bf16_cpu", "expected"),
+    [
+        (CUDA, (8, 0), False, torch.bfloat16),
+        (CUDA, (9, 0), False, torch.bfloat16),
+        (CUDA, (7, 5), False, torch.float32),
+        (MPS, None, True, torch.float32),
+        (CPU, None, True, torch.bfloat16),
+        (CPU, None, False, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(machine, device, cuda, bf16_cpu, expected):
+    machine(cuda=cuda, bf16_cpu=bf16_cpu)
+    assert computes_bfloat16(device) is (expected == torch.bfloat16)
+    assert choose_dtype("auto", device) == expected
+    assert choose_dtype("auto", device, trains_all=True) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_named_dtype_is_taken_as_it_is(machine, name):
+    machine(bf16_cpu=True)
+    assert choose_dtype(name, CPU) == choose_dtype(name, CPU, trains_all=True) == getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    ],
+    ids=["cuda", "python", "cpu", "windows", "mps", "driver"],
+)
+def test_exhausted_memory_is_one_error_with_the_cure(error):
+    with pytest.raises(OutOfMemoryError) as caught, memory_errors("use less"):
+        raise error
+    assert caught.value.exit_code == 4
+    assert caught.value.message.startswith("out of memory")
+    assert "\n" not in caught.value.message
+    assert caught.value.help == "use less"
+
+
+def test_the_cpus_own_refusal_is_recognised():
+    """Not an invented text: an allocation that no machine can serve."""
+    with pytest.raises(OutOfMemoryError), memory_errors("use less"):
+        torch.empty(2**52, dtype=torch.float32)
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors("use less"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_peak_memory_of_the_cpu_is_that_of_the_process_in_bytes():
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = peak_memory_bytes(CPU)
+    assert peak == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB

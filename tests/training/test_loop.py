@@ -1,0 +1,319 @@
+"""The optimizer step: the same gradient however the rows are cut, and as a naive float64 computation finds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.initialisation import initialise
+from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.commands.train import checkpoint_activations
+from lora_cli.data.batches import StepPlan, collate
+from lora_cli.data.encoding import Example
+from lora_cli.errors import NonFiniteError, OutOfMemoryError
+from lora_cli.recipe import LoraSection, TrainingSection
+from lora_cli.tasks import CausalLM, SequenceClassification
+from lora_cli.training import loop
+from lora_cli.training.loop import LoopSettings, accumulate_gradients, train_step, train_steps
+from lora_cli.training.optimizer import build_optimizer, trained_parameters
+from tests.conftest import tiny_model
+
+CPU = torch.device("cpu")
+LENGTHS = [(97, 3), (5, 3), (40, 38), (12, 1), (64, 10), (3, 2), (80, 79), (21, 7)]  # (tokens, of them prompt)
+CUTS = [8, 4, 2, 1]  # rows in a micro-batch
+SETTINGS = LoopSettings(
+    learning_rate=0.01, lr_scheduler_type="linear", warmup_steps=2, total_steps=5, max_grad_norm=1.0, pad_id=0
+)
+
+
+def example(index: int, length: int, prompt: int, label: int | None = None) -> Example:
+    ids = np.random.default_rng(index).integers(3, 320, length).astype(np.int32)
+    supervised = (np.arange(length) >= prompt) & (label is None)
+    return Example(ids, supervised, f"rows.jsonl:{index + 1}", label)
+
+
+EXAMPLES = [example(index, length, prompt) for index, (length, prompt) in enumerate(LENGTHS)]
+LABELLED = [example(index, length, 0, label=index % 2) for index, (length, _) in enumerate(LENGTHS)]
+
+
+def adapted(kind: str = "llama", task: str = "causal_lm", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny model with adapters on every layer, whose B is not zero: so A has a gradient too."""
+    model = tiny_model(kind, task, **changes).to(dtype)
+    lora, saved = LoraSection(r=4), ["score"] if task == "sequence_classification" else []
+    attach(model, find_targets(model, lora, saved))
+    freeze_base(model, saved)
+    initialise(adapters_of(model), True, seed=1)
+    torch.manual_seed(2)
+    for layer in adapters_of(model).values():
+        nn.init.normal_(layer.lora_B, std=0.05)
+    return model.train()
+
+
+def cut(examples: list[Example], size: int) -> list[Any]:
+    return [collate(examples[start : start + size], pad_id=0) for start in range(0, len(examples), size)]
+
+
+def gradients(model: Any, examples: list[Example], size: int, task: Any = CausalLM) -> dict[str, Tensor]:
+    model.zero_grad()
+    accumulate_gradients(model, task, cut(examples, size), CPU)
+    return {name: p.grad.clone() for name, p in trained_parameters(model).items() if p.grad is not None}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """||ours - reference|| / ||reference||"""
+    assert ours.keys() == reference.keys()
+    return float((flat(ours) - flat(reference)).norm() / flat(reference).norm())
+
+
+@pytest.mark.parametrize("size", CUTS[1:])
+def test_eight_rows_give_the_same_gradient_in_any_number_of_micro_batches(size):
+    model = adapted()
+    assert difference(gradients(model, EXAMPLES, size), gradients(model, EXAMPLES, 8)) < 1e-6
+
+
+@pytest.mark.parametrize("size", CUTS[1:])
+def test_eight_classified_rows_give_the_same_gradient_in_any_number_of_micro_batches(size):
+    model = adapted(task="sequence_classification")
+    ours = gradients(model, LABELLED, size, SequenceClassification)
+    assert difference(ours, gradients(model, LABELLED, 8, SequenceClassification)) < 1e-6
+
+
+def test_averaging_the_means_of_micro_batches_would_be_another_gradient():
+    """The mistake that other trainers made; these rows tell the two apart."""
+    model = adapted()
+    means = [gradients(model, EXAMPLES[start : start + 1], 1) for start in range(8)]
+    averaged = {name: sum(g[name] for g in means) / 8 for name in means[0]}
+    assert difference(averaged, gradients(model, EXAMPLES, 8)) > 0.1
+
+
+def naive_loss(model: Any, row: Example) -> Tensor:
+    """Sum over supervised positions of -log p(token | tokens before), one row, no padding, float64."""
+    ids = torch.from_numpy(row.input_ids).long()
+    log_p = torch.log(torch.softmax(model(input_ids=ids[None]).logits[0], dim=-1))
+    return -sum(log_p[t - 1, ids[t]] for t in range(1, len(ids)) if row.supervised[t])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_gradient_is_that_of_a_naive_float64_computation(kind):
+    ours, model = gradients(adapted(kind), EXAMPLES, 4), adapted(kind, dtype=torch.float64)
+    for layer in adapters_of(model).values():
+        layer.double()
+    targets = sum(int(row.supervised.sum()) for row in EXAMPLES)
+    (sum(naive_loss(model, row) for row in EXAMPLES) / targets).backward()
+    reference = {name: p.grad for name, p in trained_parameters(model).items()}
+    assert difference(ours, reference) < 2e-6
+
+
+def test_the_micro_batches_losses_add_up_to_the_mean_over_all_targets():
+    model = adapted()
+    with torch.no_grad():
+        expected = float(sum(naive_loss(model, row) for row in EXAMPLES)) / sum(e.num_targets for e in EXAMPLES)
+    for size in CUTS:
+        assert sum(accumulate_gradients(model, CausalLM, cut(EXAMPLES, size), CPU)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frozen_parameters_never_get_a_gradient_buffer():
+    model = adapted()
+    gradients(model, EXAMPLES, 4)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, p in model.named_parameters() if "lora_" in name
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_gradient_checkpointing_recomputes_with_a_frozen_base_and_gives_the_same_gradient(kind, monkeypatch):
+    model = adapted(kind)
+    plain = gradients(model, EXAMPLES, 4)
+    checkpoint_activations(model)
+    layer = next(iter(adapters_of(model).values()))
+    forwards = []
+    layer.register_forward_hook(lambda *_: forwards.append(1))
+    assert difference(gradients(model, EXAMPLES, 4), plain) < 1e-6
+    assert len(forwards) == 4, "two micro-batches, each computed twice"
+
+
+class LongStep(CausalLM):
+    """As in a step of a hundred thousand targets, where each one's share of the gradient is tiny."""
+
+    @staticmethod
+    def loss_sum(model, batch):
+        return CausalLM.loss_sum(model, batch) / 128
+
+
+def test_a_float16_base_gives_gradients_close_to_those_of_float32_thanks_to_the_loss_scale(monkeypatch):
+    """Below 6e-5 float16 loses bits: without the scale, rounding is a visible part of the gradient."""
+    rows = [example(index, 101, 1) for index in range(8)]
+    model = adapted(dtype=torch.float16)
+    reference = gradients(adapted(), rows, 4, LongStep)
+    assert difference(gradients(model, rows, 4, LongStep), reference) < 0.005
+    monkeypatch.setattr(loop, "FLOAT16_LOSS_SCALE", 1.0)
+    assert difference(gradients(model, rows, 4, LongStep), reference) > 0.02
+
+
+def sgd(model: Any, lr: float = 1.0) -> torch.optim.SGD:
+    return torch.optim.SGD(trained_parameters(model).values(), lr=lr)
+
+
+def update_of(model: Any, max_grad_norm: float | None) -> tuple[Tensor, float]:
+    """(the change of all weights by one SGD step with rate 1, the norm that the step reports)"""
+    before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+    _, norm = train_step(model, CausalLM, cut(EXAMPLES, 4), sgd(model), max_grad_norm, CPU)
+    after = trained_parameters(model)
+    return flat({name: before[name] - after[name].detach() for name in before}), norm
+
+
+def test_clipping_shortens_the_gradient_to_the_limit_and_reports_its_norm_before():
+    gradient = flat(gradients(adapted(), EXAMPLES, 4))
+    limit = float(gradient.norm()) / 3
+    update, norm = update_of(adapted(), limit)
+    assert norm == pytest.approx(float(gradient.norm()), rel=1e-5)
+    torch.testing.assert_close(update, gradient / 3, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [None, 1e6])
+def test_a_gradient_below_the_limit_or_without_one_is_used_as_it_is(limit):
+    gradient = flat(gradients(adapted(), EXAMPLES, 4))
+    update, norm = update_of(adapted(), limit)
+    assert norm == pytest.approx(float(gradient.norm()), rel=1e-5)
+    torch.testing.assert_close(update, gradient, rtol=1e-3, atol=1e-6)
+
+
+def steps_of(model: Any, size: int, start: int = 0, settings: LoopSettings = SETTINGS) -> list[loop.Step]:
+    optimizer = build_optimizer(model, TrainingSection(weight_decay=0.01))
+    plan = StepPlan(len(EXAMPLES), size, 8 // size, seed=1)
+    return list(train_steps(model, CausalLM, EXAMPLES, plan, optimizer, settings, start=start, device=CPU))
+
+
+def test_a_whole_run_has_the_same_losses_in_any_number_of_micro_batches():
+    reference = [step.loss for step in steps_of(adapted(), 8)]
+    assert reference[-1] < reference[0]
+    for size in CUTS[1:]:
+        assert [step.loss for step in steps_of(adapted(), size)] == pytest.approx(reference, rel=1e-5)
+
+
+def test_steps_are_counted_from_one_and_carry_the_schedules_rate():
+    steps = steps_of(adapted(), 4)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5]
+    assert [step.learning_rate for step in steps] == pytest.approx([0.005, 0.01, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    assert {step.num_tokens for step in steps} == {sum(length for length, _ in LENGTHS)}
+    assert {step.num_targets for step in steps} == {sum(length - prompt for length, prompt in LENGTHS)}
+
+
+def test_a_run_that_begins_later_sees_the_rows_and_the_rate_of_that_step():
+    straight, late = steps_of(adapted(), 2), steps_of(adapted(), 2, start=3)
+    assert [s.number for s in late] == [4, 5]
+    assert [s.learning_rate for s in late] == [s.learning_rate for s in straight[3:]]
+
+
+def poisoned(model: Any) -> Any:
+    with torch.no_grad():
+        next(iter(adapters_of(model).values())).lora_A[0, 0] = float("nan")
+    return model
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_rows():
+    model = poisoned(adapted())
+    before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite.*rows\.jsonl:1, rows\.jsonl:2") as caught:
+        train_step(model, CausalLM, cut(EXAMPLES, 8), sgd(model), 1.0, CPU)
+    assert caught.value.exit_code == 3
+    for name, parameter in trained_parameters(model).items():
+        assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+class OneBadRow(CausalLM):
+    """A loss that is infinite for the shortest row only."""
+
+    @staticmethod
+    def loss_sum(model, batch):
+        loss = CausalLM.loss_sum(model, batch)
+        return loss * float("inf") if "rows.jsonl:6" in batch.where else loss
+
+
+def test_only_the_micro_batch_with_the_bad_loss_is_named():
+    with pytest.raises(NonFiniteError) as caught:
+        train_step(adapted(), OneBadRow, cut(EXAMPLES, 2), sgd(adapted()), 1.0, CPU)
+    assert "rows.jsonl:5, rows.jsonl:6" in caught.value.message
+    assert "rows.jsonl:1" not in caught.value.message
+
+
+class BadGradient(CausalLM):
+    """A finite loss whose gradient is infinite."""
+
+    @staticmethod
+    def loss_sum(model, batch):
+        layer = next(iter(adapters_of(model).values()))
+        return CausalLM.loss_sum(model, batch) + (layer.lora_A - layer.lora_A.detach()).sum().abs().sqrt()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_too():
+    model = adapted()
+    before = flat({name: p.detach() for name, p in trained_parameters(model).items()})
+    with pytest.raises(NonFiniteError, match="the gradient is not finite; the update was not made") as caught:
+        train_step(model, BadGradient, cut(EXAMPLES, 4), sgd(model), 1.0, CPU)
+    assert "rows.jsonl:8" in caught.value.message
+    assert torch.equal(flat({name: p.detach() for name, p in trained_parameters(model).items()}), before)
+
+
+def test_more_than_eight_rows_are_named_as_a_number():
+    rows = [example(index, 9, 2) for index in range(20)]
+    model = poisoned(adapted())
+    with pytest.raises(NonFiniteError, match=r"rows\.jsonl:8 and 12 more"):
+        train_step(model, CausalLM, cut(rows, 20), sgd(model), 1.0, CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_memory_that_runs_out_in_a_step_is_told_with_a_cure(error):
+    class Greedy(CausalLM):
+        @staticmethod
+        def loss_sum(model, batch):
+            raise error
+
+    model = adapted()
+    steps = train_steps(model, Greedy, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU)
+    with pytest.raises(OutOfMemoryError, match="out of memory") as caught:
+        next(steps)
+    assert caught.value.exit_code == 4
+    assert "per_device_train_batch_size" in str(caught.value)
+
+
+def test_another_runtime_error_stays_what_it_is():
+    class Broken(CausalLM):
+        @staticmethod
+        def loss_sum(model, batch):
+            raise RuntimeError("shapes do not match")
+
+    model = adapted()
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        next(train_steps(model, Broken, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU))
+
+
+def test_dropout_changes_the_gradient_of_a_step_only_while_training():
+    model = adapted()
+    for layer in adapters_of(model).values():
+        layer.dropout = nn.Dropout(0.5)
+    without = gradients(adapted(), EXAMPLES, 4)
+    torch.manual_seed(0)
+    assert difference(gradients(model, EXAMPLES, 4), without) > 0.1
+    assert difference(gradients(model.eval(), EXAMPLES, 4), without) < 1e-6
+
+
+def test_a_run_whose_steps_are_all_done_makes_no_step():
+    assert steps_of(adapted(), 4, settings=replace(SETTINGS, total_steps=0)) == []
