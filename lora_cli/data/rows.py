@@ -141,6 +141,8 @@ def _row(value: Any, where: str) -> Row | BadRow:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
         return BadRow(where, "holds half a character (an escape such as \\ud83d without its other half)")
+    except RecursionError:
+        return BadRow(where, "is nested too deeply")
     return Row(value, where)
 
 

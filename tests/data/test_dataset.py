@@ -198,6 +198,40 @@ def test_only_bad_rows(tokenizer: Any):
             build(tokenizer, rows, on_bad_row="skip")
 
 
+# --- through the command line
+
+
+def test_bad_rows_end_with_code_6_and_their_lines(recipe, lora):
+    path = recipe()
+    Path("rows.jsonl").write_text('{"messages": []}\n{"messages": 3}\n')
+    result = lora("check", path)
+    assert result.code == 6
+    assert result.err.startswith("error: 2 of 2 rows cannot be used\n")
+    assert "rows.jsonl:1: has no messages\n" in result.err
+    assert "rows.jsonl:2: must be a list of messages, not int\n" in result.err
+
+
+def test_nothing_supervised_ends_with_code_6(recipe, lora):
+    result = lora("check", recipe(**{"dataset.max_length": 4}))
+    assert result.code == 6
+    assert "no row is left to train on: of 24 rows 24 without a supervised token in the first 4 tokens" in result.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("dataset.columns={mesages: messages}", "mesages is no column of ours"),
+        ("dataset.name=main", "dataset.name belongs to hub data sets"),
+        ("dataset.eval_size=24", "dataset.eval_size keeps 24 of 24 rows from training: none is left"),
+    ],
+)
+def test_mistakes_that_show_with_the_rows_still_name_their_key(argument: str, message: str, recipe, lora):
+    result = lora("check", recipe(), argument)
+    assert result.code == 2
+    assert f"\n    | {message}" in result.err
+    assert "--> argument dataset." in result.err
+
+
 # --- nothing left
 
 

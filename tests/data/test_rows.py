@@ -138,6 +138,14 @@ def test_bad_rows_are_named_by_line_and_the_others_are_read():
     assert bad(rows)[5] == "a.jsonl:7: holds half a character (an escape such as \\ud83d without its other half)"
 
 
+def test_json_of_any_depth_is_a_row_or_a_bad_row():
+    """Reading and checking reach Python's limit at slightly different depths."""
+    for opening, closing in [("[", "]"), ('{"a": ', "}")]:
+        write("a.jsonl", "".join(f'{{"n": {opening * n}1{closing * n}}}\n' for n in range(700, 1000, 3)))
+        rows = read("a.jsonl")
+        assert len(rows.rows) + len(rows.bad) == 100
+
+
 def test_rows_of_another_width():
     write("a.csv", "a,b\n1,2\n3\n\n4,5,6\n7,8\n")
     rows = read("a.csv")

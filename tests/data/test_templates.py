@@ -186,6 +186,12 @@ STYLES: dict[str, tuple[str, str, str, str]] = {
         "</s>",
         "<|user|>hi\n<|assistant|>«the cat»\n<|user|>and\n<|assistant|>«a dog</s>»",
     ),
+    "bos and headers only": (
+        "{{ bos_token }}" + HEADERS,
+        "<s>",
+        END,
+        f"<s>{START}user:\nhi\n\n{START}assistant:\n«the cat»\n\n{START}user:\nand\n\n{START}assistant:\n«a dog{END}»",
+    ),
     "one eos at the end": (
         ONE_EOS,
         "<s>",
@@ -295,10 +301,10 @@ def test_supervised_is_every_word_of_the_assistant_and_nothing_else(style: str, 
 
 # --- ends
 
+ENDLESS = {"no end", "headers only", "bos and headers only", "named headers only", "one eos at the end"}
 
-@pytest.mark.parametrize(
-    "style", sorted(set(STYLES) - {"no end", "headers only", "named headers only", "one eos at the end"})
-)
+
+@pytest.mark.parametrize("style", sorted(set(STYLES) - ENDLESS))
 def test_every_turn_ends_supervised(style: str, words: Any):
     tokenizer = speaking(words, style)
     example = encoded(tokenizer, turns("hi", "a", "b", "c", "d", "e"))
@@ -457,7 +463,7 @@ def test_of_several_templates_the_default_one(words: Any):
 # --- refusals
 
 
-@pytest.mark.parametrize("filter", ["upper", "replace('a', 'b')", "truncate(3, True, '')", "urlencode"])
+@pytest.mark.parametrize("filter", ["upper", "urlencode", "replace('cat', 'cow')", "truncate(40, True, '')"])
 def test_a_template_that_rewrites_the_assistant(filter: str, words: Any):
     tokenizer = speaking(words, "chatml")
     tokenizer.chat_template = CHATML.replace("message['content'] }}", f"message['content'] | {filter} }}}}")
@@ -468,9 +474,17 @@ def test_a_template_that_rewrites_the_assistant(filter: str, words: Any):
         message = str(error)
     else:
         with pytest.raises(ValueError) as caught:
-            list(encoder.examples(Dialogue(turns("hi", "a cat & a dog")), "here"))
+            list(encoder.examples(Dialogue(turns("hi", "a cat & a dog" + " and a bird" * 9)), "here"))
         message = str(caught.value)
     assert "the chat template rewrites an assistant turn" in message
+
+
+def test_a_template_that_counts_the_assistants_words(words: Any):
+    """What stands behind a turn must not hang on the turn, or its end cannot be told."""
+    tokenizer = speaking(words, "chatml")
+    tokenizer.chat_template = CHATML + "{{ messages[1]['content'] | length }}"
+    with pytest.raises(DataError, match="the chat template rewrites an assistant turn"):
+        TextEncoder(DatasetSection(path=["x"]), tokenizer)
 
 
 def test_a_template_that_leaves_the_assistant_out(words: Any):

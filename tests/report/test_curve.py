@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from lora_cli.report.curve import HEIGHT, WIDTH, draw_curve, is_logarithmic
@@ -38,15 +39,11 @@ def test_a_rise_is_the_fall_upside_down():
     assert rise == pytest.approx(fall[::-1], abs=1)
 
 
-def test_points_stand_where_their_x_is_however_they_are_spaced():
-    """The dip at x = 9 of 0 to 10 is nine tenths to the right."""
-    found = heights(draw_curve([(0, 1.0), (9, 0.5), (10, 1.0)]))
-    assert found.index(max(found)) == pytest.approx(0.9 * 2 * WIDTH, abs=1)
-
-
-def test_a_peak_between_two_lines_of_metrics_is_not_smoothed_away():
-    points = [(float(x), 1.0 + (x == 30)) for x in range(60)]
-    assert min(heights(draw_curve(points))) <= 1
+def test_every_dot_is_on_the_straight_lines_between_the_points_however_they_are_spaced():
+    xs, ys = [0, 1, 9, 10, 40], [3.0, 1.0, 2.5, 1.5, 1.0]
+    at = np.interp(np.linspace(0, 40, 2 * WIDTH), xs, ys)
+    expected = [int((3.0 - y) / 2.0 * (4 * HEIGHT - 1) + 0.5) for y in at]
+    assert heights(draw_curve(list(zip(xs, ys, strict=True)))) == expected
 
 
 def test_its_ends_are_labelled_with_the_extremes_and_the_first_and_last_step():

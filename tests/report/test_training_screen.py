@@ -75,7 +75,8 @@ def test_evaluations_are_told_before_training_and_after_their_steps(show):
 
 def test_the_start_block_says_what_will_happen(show, model_folder, tmp_path):
     screen, outcome = show(**{"dataset.eval_size": 4, "training.gradient_accumulation_steps": 2})
-    facts = {line.split("  ")[0]: line.partition("  ")[2].strip() for line in screen.lines if "  " in line}
+    block = screen.lines[: screen.lines.index("")]
+    facts = {line.split("  ")[0]: line.partition("  ")[2].strip() for line in block}
     counted, counts = outcome.plan.model.counted, outcome.plan.dataset.train_counts
     assert facts["model"] == f"{model_folder('llama')} (llama, float32 on cpu)"
     percent = 100 * counted.trainable / counted.total
