@@ -22,6 +22,9 @@ demo: $(STAMP)  ## train the quickstart: two minutes on two cores
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest -n 2
 
+slow:  ## run the tests that the default suite leaves out
+	$(BIN)/pytest -m slow
+
 check: format lint type test  ## format, lint, check types, test
 
 format: $(STAMP)
@@ -40,4 +43,4 @@ bench: $(STAMP)  ## measure speed and memory
 clean:  ## remove what make made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help setup demo test check format lint type bench clean
+.PHONY: help setup demo test slow check format lint type bench clean

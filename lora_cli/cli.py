@@ -81,9 +81,12 @@ def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
 def _crash_log() -> str:
     import platform
 
-    with tempfile.NamedTemporaryFile("w", prefix="lora-crash-", suffix=".log", delete=False) as file:
-        file.write(f"lora {lora_cli.__version__}, Python {platform.python_version()}, {platform.platform()}\n")
-        file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="lora-crash-", suffix=".log", delete=False) as file:
+            file.write(f"lora {lora_cli.__version__}, Python {platform.python_version()}, {platform.platform()}\n")
+            file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    except OSError as error:
+        return f"could not be written ({error.strerror}); type the command again with --debug"
     return file.name
 
 

@@ -32,10 +32,10 @@ def model_folder(
 
     Raises ``UsageError`` where there is neither a folder nor an answer from the hub.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~name as it is
+    if os.path.isdir(path):
         return ModelFolder(path)
-    if path.exists():
+    if os.path.exists(path):
         raise UsageError(f"{name} is a file; a model is a folder or a hub id")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise UsageError(f"there is no folder {name}", _similar_folder(path))

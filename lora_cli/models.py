@@ -143,11 +143,13 @@ def build_empty(config: PreTrainedConfig, build: Callable[[], PreTrainedModel]) 
 def _check_attention(model: PreTrainedModel, name: str) -> None:
     if name == "auto":
         return
+    path = ("model", "attn_implementation")
+    if name.startswith("paged|"):
+        raise RecipeError([Mistake(path, f"{name} is for generation, not for training", "use sdpa or eager")])
     try:
         with quiet():
             model.set_attn_implementation(name)
     except Exception as error:  # ValueError for an unknown name, ImportError for one that is not installed
-        path = ("model", "attn_implementation")
         raise RecipeError([Mistake(path, f"{name} cannot be used here: {first_line(error)}")]) from error
 
 
@@ -177,6 +179,8 @@ def load_model(
                 trust_remote_code=remote_code,
                 **_attention(attn_implementation),
             )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except ImportError as error:
         raise UsageError(f"{folder} cannot be loaded: {first_line(error)}") from error
     except Exception as error:

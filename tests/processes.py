@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,14 @@ def printed(folder: Path, stream: str = "stderr") -> str:
 
 def _child(folder: str, arguments: list[str], pause: float, encoding: str, deaf: bool) -> None:
     torch.set_num_threads(1)
+    tempfile.tempdir = folder  # where a crash log would go
     for descriptor, name in [(1, "stdout.txt"), (2, "stderr.txt")]:
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     if deaf:
         reading, writing = os.pipe()
         os.close(reading)
         os.dup2(writing, 1)
-    if encoding:
-        sys.stdout.reconfigure(encoding=encoding)  # type: ignore[union-attr]
+    sys.stdout = open(1, "w", encoding=encoding or "utf-8", closefd=False)  # noqa: SIM115 -- until the process ends
     from lora_cli import cli
     from lora_cli.training import loop
 

@@ -193,6 +193,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UsageError(f"{path} does not describe a LoRA adapter")
     _refuse_variants(path, config)
+    _check_values(path, config)
     return config
 
 
@@ -213,6 +214,36 @@ _REFUSED = {
     # these change the base's weights before training, so the file belongs to another base than it names
     "init_lora_weights": lambda value: str(value).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
 }
+
+
+# Keys of PEFT 0.21 that are understood above, or say nothing of what the tensors mean.
+_KNOWN = {
+    *_REFUSED,
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "ensure_weight_tying", "runtime_config", "_custom_modules"),
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "lora_alpha": (int, float),
+    "base_model_name_or_path": (str, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "use_rslora": (bool, type(None)),
+    "modules_to_save": (list, type(None)),
+}
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    """Values that are read here must have the type that PEFT writes; unknown keys must say nothing."""
+    wrong = [
+        f"{key}: {config[key]!r}"
+        for key, kinds in _TYPES.items()
+        if key in config and not isinstance(config[key], kinds)
+    ]
+    unknown = [f"{key}: {value!r}" for key, value in config.items() if key not in _KNOWN and value]
+    if wrong or unknown:
+        raise UsageError(f"{path} holds what is not understood: {', '.join([*wrong, *unknown])}")
 
 
 def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
@@ -251,9 +282,12 @@ def _is_pair(pair: dict[str, Tensor]) -> bool:
 def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
     """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
     patterns = config.get("alpha_pattern") or {}
-    named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(named, config.get("lora_alpha", 8))
-    return scaling_of(float(alpha), lora_A.shape[0], bool(config.get("use_rslora")))
+    try:
+        named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        alpha = float(next(named, config.get("lora_alpha", 8)))
+    except (re.error, TypeError, ValueError) as error:
+        raise UsageError(f"{CONFIG}: alpha_pattern is not understood: {error}") from error
+    return scaling_of(alpha, lora_A.shape[0], bool(config.get("use_rslora")))
 
 
 def targets_of(adapter: Adapter) -> list[Target]:

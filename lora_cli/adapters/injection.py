@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from lora_cli.adapters.layer import LINEAR_TYPES, LoRALinear, features, scaling_of
 from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
@@ -98,7 +99,7 @@ class _Finder:
 
     def _excluded(self) -> set[str]:
         path = ("lora", "exclude_modules")
-        patterns = self.lora.exclude_modules or []
+        patterns = self.lora.exclude_modules
         return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
 
     def _matched(self, path: KeyPath, pattern: str) -> set[str]:
@@ -184,16 +185,17 @@ def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
         if reason := invalid_reason(pattern):
             mistakes.append(Mistake(path, reason))
             continue
-        found = outermost([name for name in modules if matches(name, pattern)])
-        if not found:
+        named = outermost([name for name in modules if matches(name, pattern)])
+        found = [name for name in named if any(True for _ in modules[name].parameters())]
+        if not named:
             endings = sorted({ending(name) for name in modules if not ending(name).isdigit()})
             close = nearest(pattern, modules)
             help = f"did you mean {close}? " if close else ""
             mistakes.append(
                 Mistake(path, f"no module is named '{pattern}'", f"{help}this model has: {', '.join(endings)}")
             )
-        elif not any(True for name in found for _ in modules[name].parameters()):
-            mistakes.append(Mistake(path, f"'{pattern}' is {found[0]}, which holds no parameters to train"))
+        elif not found:
+            mistakes.append(Mistake(path, f"'{pattern}' is {named[0]}, which holds no parameters to train"))
         for name in found:
             if partner := tied_partner(model, name):
                 mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
@@ -240,11 +242,15 @@ def train_in_full(module: nn.Module) -> None:
 
     Hooks cast its floating inputs up and its outputs back, so the model's code does not notice.
     """
-    dtypes = {parameter.dtype for parameter in module.parameters()}
-    module.requires_grad_(True)
-    if dtypes == {torch.float32}:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # has no forward, so its hooks would never run
+        for child in module.children():
+            train_in_full(child)
         return
-    dtype = next(iter(dtypes))
+    dtypes = [parameter.dtype for parameter in module.parameters()]
+    module.requires_grad_(True)
+    if set(dtypes) <= {torch.float32}:
+        return
+    dtype = max(set(dtypes), key=dtypes.count)  # the one that the model around it computes in
     module.float()
     module.register_forward_pre_hook(lambda _, args, kwargs: _cast((args, kwargs), torch.float32), with_kwargs=True)
     module.register_forward_hook(lambda _, args, output: _cast(output, dtype))
@@ -253,10 +259,14 @@ def train_in_full(module: nn.Module) -> None:
 def _cast(value, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{key: _cast(item, dtype) for key, item in value.items()})
     if isinstance(value, dict):
         return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_cast(item, dtype) for item in value)
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
     return value
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class Check:
 
 def check(loaded: LoadedRecipe, *, remote_code: bool = False) -> Check:
     """Do what `lora train` does before its first step. Raises the same errors."""
-    output = OutputFolder(Path(loaded.recipe.output_dir).expanduser(), loaded.recipe.method)
+    output = OutputFolder(loaded.recipe.output_path, loaded.recipe.method)
     output.check_usable()
     plan = make_plan(loaded, remote_code=remote_code)
     examples = plan.dataset.train

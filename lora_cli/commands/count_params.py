@@ -101,7 +101,7 @@ def _model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model that ``config.json`` names, whatever its task."""
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None)
-    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+    if isinstance(model_class, type) and PreTrainedModel in model_class.__mro__[1:]:
         return build_empty(config, partial(model_class, config))
     task = next((task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping), None)
     if task is None:

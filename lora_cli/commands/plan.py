@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_cli.commands.labels import choose_labels
-from lora_cli.commands.trainable import Counted, ModelPlan, plan_model
+from lora_cli.commands.trainable import Counted, ModelPlan, check_trainable, plan_model
 from lora_cli.data.batches import StepPlan
-from lora_cli.data.dataset import Dataset, Reading, build_dataset, read_eval, read_train
+from lora_cli.data.dataset import Dataset, Reading, build_dataset, label_counts, read_eval, read_train
 from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
@@ -30,6 +30,8 @@ from lora_cli.recipe.rules import was_changed
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
+
+POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "positions_embed")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Plan:
     @property
     def pad_id(self) -> int:
         """What fills the padding: positions tell padding from tokens, so any id of the vocabulary will do."""
-        candidates = (self.tokenizer.pad_token_id, self.model.config.pad_token_id, self.tokenizer.eos_token_id)
-        return next((i for i in candidates if isinstance(i, int) and i >= 0), 0)
+        config_id = getattr(self.model.config, "pad_token_id", None)
+        candidates = (self.tokenizer.pad_token_id, config_id, self.tokenizer.eos_token_id)
+        embedded = num_embeddings(self.model.skeleton)
+        return next((i for i in candidates if isinstance(i, int) and 0 <= i < embedded), 0)
 
 
 @contextmanager
@@ -92,6 +96,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
             set_labels(config, labels)
         with problems:
             model = plan_model(recipe, config, folder, remote_code=remote_code)
+            check_trainable(recipe, model)
         with problems:
             dataset = _encode(recipe, tokenizer, labels, readings)
         problems.stop_if_any()
@@ -166,8 +171,7 @@ def _check_ids(dataset: Dataset, model: PreTrainedModel, loaded: LoadedRecipe) -
     """Ids and positions that the model has no embedding for would crash, or worse, wrap around."""
     examples = [*dataset.train, *dataset.eval]
     largest = max(int(example.input_ids.max()) for example in examples)
-    embeddings = model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", largest + 1)
+    rows = num_embeddings(model)
     if largest >= rows:
         raise UsageError(
             f"the tokenizer gives id {largest}, and the model embeds ids below {rows} only",
@@ -180,12 +184,22 @@ def _check_ids(dataset: Dataset, model: PreTrainedModel, loaded: LoadedRecipe) -
         raise RecipeError([Mistake(("dataset", "max_length"), message, f"set dataset.max_length: {limit}")])
 
 
-def position_limit(model: nn.Module) -> int | None:
-    """How many positions a model with learned position embeddings has; RoBERTa's begin behind the pad id."""
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many ids a model embeds; without bound where its embedding does not say."""
+    return int(getattr(model.get_input_embeddings(), "num_embeddings", sys.maxsize))
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions a model with a fixed table of them has; None where positions are computed.
+
+    RoBERTa's begin behind the pad id, OPT's behind an offset; GPT-J keeps its rotary table at a fixed length.
+    """
+    if model.config.model_type in ("gptj", "codegen"):
+        return int(model.config.n_positions)
     for name, module in model.named_modules():
-        ending = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and ending in ("wpe", "position_embeddings", "embed_positions"):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_TABLES:
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - skipped - int(getattr(module, "offset", 0))
     return None
 
 
@@ -216,7 +230,7 @@ def disk_bytes(counted: Counted, recipe: Recipe) -> int:
 
 
 def _check_disk(plan: Plan) -> None:
-    path = Path(plan.recipe.output_dir)
+    path = plan.recipe.output_path
     free = free_bytes(path)
     if plan.disk_bytes > free:
         needs, has = plan.disk_bytes / 1e9, free / 1e9
@@ -233,6 +247,13 @@ def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> 
     longest = max(dataset.train_counts.longest, dataset.eval_counts.longest)
     if isinstance(limit, int) and longest > limit:
         notes.append(f"rows reach {longest} tokens; the model was trained on at most {limit}")
+    if loaded.recipe.task == "sequence_classification":
+        rows_of_class = label_counts(dataset.train, config.num_labels)
+        empty = [str(config.id2label[index]) for index, rows in enumerate(rows_of_class) if not rows]
+        notes += [f"no training row has the label {', '.join(empty)}"] if empty else []
+    shared = {example.where for example in dataset.train} & {example.where for example in dataset.eval}
+    if shared:
+        notes.append(f"{len(shared)} evaluation rows are training rows too: their figures say little")
     if not dataset.eval:
         notes.append("no evaluation rows: set dataset.eval_size to see what the training brings")
         idle = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +22,8 @@ from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare
 from lora_cli.device import memory_errors
 from lora_cli.errors import UsageError
-from lora_cli.hub import model_folder
-from lora_cli.models import fingerprint, load_model, quiet, random_model
+from lora_cli.hub import model_folder, weight_files
+from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact, new_folder
@@ -57,8 +58,11 @@ class Outcome:
 def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False, remote_code: bool = False) -> Outcome:
     """Train as the recipe says. Raises any ``LoraError``; ``Stopped`` after a signal."""
     # 1. everything that can be wrong before a weight is read
-    output = OutputFolder(Path(loaded.recipe.output_dir).expanduser(), loaded.recipe.method)
+    output = OutputFolder(loaded.recipe.output_path, loaded.recipe.method)
     output.check_usable()
+    name = loaded.recipe.model.path
+    if name is not None and os.path.isdir(name):
+        weight_files(Path(name))
     plan = make_plan(loaded, remote_code=remote_code)
     with located(loaded), hold_folder(output.root):
         # 2. is this the beginning, the continuation or the end of a run?
@@ -67,7 +71,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         found = checkpoints.newest()
         if found is None:
             output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
-        base = base_folder(plan, output)
+        base = base_folder(plan, output, made_before=found is not None)
         now = identity(plan, fingerprint(base))
         state = found[1] if found else State(run=now)
         check_same_run(state.run, now)
@@ -108,13 +112,13 @@ def is_finished(plan: Plan, state: State) -> bool:
     return (state.step == plan.total_steps or state.stopped_early) and evaluated
 
 
-def base_folder(plan: Plan, output: OutputFolder) -> Path:
-    """The folder of the base's weights; a random base is made once and kept with the run."""
+def base_folder(plan: Plan, output: OutputFolder, *, made_before: bool) -> Path:
+    """The folder of the base's weights. A random base is made when a run begins, and kept with it."""
     recipe = plan.recipe
     if plan.model.folder is not None:
         assert recipe.model.path is not None
         return model_folder(recipe.model.path, recipe.model.revision).path
-    if not is_intact(output.base):
+    if not (made_before and is_intact(output.base)):  # without a checkpoint, it may be another recipe's
         # float32 as drawn: what is rounded is the run's choice, not the file's
         model = random_model(plan.model.config, recipe.task, torch.float32, recipe.training.seed)
         with new_folder(output.base, replace=True) as folder, quiet():
@@ -147,20 +151,15 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrai
 
 def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
     """Parameters that the files lack are random: fine in a part that is trained, ruinous in a frozen one."""
-    if plan.recipe.method == "full":
-        allowed = [
-            name for name, _ in plan.model.skeleton.named_children() if name != plan.model.skeleton.base_model_prefix
-        ]
-        allowed = allowed if plan.recipe.task == "sequence_classification" else []
-    else:
-        allowed = plan.model.saved
+    allowed = [*head_modules(plan.model.skeleton, plan.recipe.task), *plan.model.saved]
     frozen = [name for name in missing if not any(name.startswith(f"{module}.") for module in allowed)]
     if frozen:
         modules = sorted({name.rsplit(".", 1)[0] for name in frozen})
+        cure = f"set lora.modules_to_save: [{', '.join(modules[:4])}]" if plan.recipe.method != "full" else "use lora"
         raise UsageError(
             f"the weights in {base} lack {', '.join(frozen[:4])}{' and more' if len(frozen) > 4 else ''}: "
             "they would be random",
-            f"is this the right model? To train them, set lora.modules_to_save: [{', '.join(modules[:4])}]",
+            f"is this the right model? To train them from scratch, {cure}",
         )
 
 

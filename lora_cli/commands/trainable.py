@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
+from lora_cli.errors import Mistake, RecipeError
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
@@ -52,12 +53,28 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
     if recipe.method == "full":
         model.requires_grad_(True)
         return [], []
-    saved = find_saved(model, recipe.lora.modules_to_save or [])
+    saved = find_saved(model, recipe.lora.modules_to_save)
     saved = outermost([*head_modules(model, recipe.task), *saved])
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     attach(model, targets, recipe.lora.lora_dropout)
     freeze_base(model, saved)
     return targets, saved
+
+
+def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
+    """Refuse what would fail, or be lost, only after the weights are loaded."""
+    mistakes = []
+    if getattr(model.config, "quantization_config", None) is not None:
+        message = "is stored quantized, and quantized bases are not supported yet"
+        mistakes.append(Mistake(("model", "path"), message, "name the base that it was made from"))
+    if recipe.training.gradient_checkpointing and not model.skeleton.supports_gradient_checkpointing:
+        path = ("training", "gradient_checkpointing")
+        mistakes.append(Mistake(path, f"is not supported by {model.config.model_type} models", "remove it"))
+    if model.config.is_encoder_decoder:
+        message = f"is an encoder-decoder ({model.config.model_type}), which this tool does not train"
+        mistakes.append(Mistake(("model", "path"), message))
+    if mistakes:
+        raise RecipeError(mistakes)
 
 
 def count(model: nn.Module) -> Counted:

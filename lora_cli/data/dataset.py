@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import torch
 from lora_cli.data.encoding import Example
 from lora_cli.data.formats import Content, Labelled, choose_format, read_content
 from lora_cli.data.rows import BadRow, Row, Rows, raise_bad_rows, read_rows
-from lora_cli.errors import DataError, Mistake, RecipeError
+from lora_cli.errors import DataError, LoraError, Mistake, RecipeError
 from lora_cli.recipe import DatasetSection
 from lora_cli.seeds import stream
+
+FORMAT_ROWS = 100  # rows that are asked for their format, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def read_eval(section: DatasetSection, task: str) -> Reading | None:
 def _understand(section: DatasetSection, task: str, rows: Rows) -> Reading:
     if not rows.rows:
         raise_bad_rows(rows.bad, len(rows.bad))
-    format = choose_format(task, section.format, list(rows.rows[0].columns), section.columns)
+    format = _format_of(section, task, rows.rows)
     contents, bad = [], list(rows.bad)
     for row in rows.rows:
         content = _content(format, row, section)
@@ -97,6 +100,17 @@ def _understand(section: DatasetSection, task: str, rows: Rows) -> Reading:
         else:
             contents.append((content, row.where))
     return Reading(contents, bad, format, rows.sources)
+
+
+def _format_of(section: DatasetSection, task: str, rows: list[Row]) -> str:
+    """The format of the first row that fits one: a first row that is bad must not decide for all."""
+    try:
+        return choose_format(task, section.format, list(rows[0].columns), section.columns)
+    except LoraError:
+        for row in rows[1:FORMAT_ROWS]:
+            with contextlib.suppress(LoraError):
+                return choose_format(task, section.format, list(row.columns), section.columns)
+        raise
 
 
 def _content(format: str, row: Row, section: DatasetSection) -> Content | BadRow:
@@ -110,7 +124,7 @@ _CLASS_NUMBER = re.compile("0|[1-9][0-9]{0,4}")  # longer numbers are names: a h
 
 
 def labels_of(readings: list[Reading]) -> list[str]:
-    """The label names that stand in the training rows, numbers in numeric order."""
+    """The label names that stand in the training rows. Numbers are class indices: gaps are classes too."""
     found = {content.label for content, _ in readings[0].contents if isinstance(content, Labelled)}
     if all(_CLASS_NUMBER.fullmatch(label) for label in found):
         return [str(number) for number in range(max(map(int, found), default=-1) + 1)]
@@ -127,7 +141,6 @@ def build_dataset(
 
     Raises ``DataError`` for bad rows (unless they are to be skipped) and where nothing is left to learn.
     """
-    _check_keys(section, train.format)
     examples, counts = _encode(train, encode)
     held_out, eval_counts = _encode(separate, encode) if separate else ([], Counts())
     bad = [*counts.bad, *eval_counts.bad]
@@ -141,14 +154,6 @@ def build_dataset(
         counts, eval_counts = _recount(counts, examples), _recount(Counts(), held_out)
     sources = train.sources + (separate.sources if separate else [])
     return Dataset(examples, held_out, counts, eval_counts, train.format, sources)
-
-
-def _check_keys(section: DatasetSection, format: str) -> None:
-    """Running text has neither prompt nor turns: keys that speak of them would be read by nothing."""
-    keys = ("system_prompt", "train_on_prompt", "chat_template") if format == "text" else ()
-    mistakes = [Mistake(("dataset", key), "has no effect on running text", "remove it") for key in keys]
-    if given := [mistake for mistake in mistakes if getattr(section, str(mistake.path[-1]))]:
-        raise RecipeError(given)
 
 
 def _encode(reading: Reading, encode: Encoder) -> tuple[list[Example], Counts]:

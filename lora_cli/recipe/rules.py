@@ -116,7 +116,7 @@ def _evaluation_source(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     data = recipe.dataset
     given = [key for key in ("eval_path", "eval_split", "eval_size") if getattr(data, key)]
     if "eval_size" in given and len(given) > 1:
-        yield Mistake(("dataset", "eval_size"), f"goes not with {given[0]}: there are evaluation rows already")
+        yield Mistake(("dataset", "eval_size"), f"cannot be combined with {given[0]}: that names evaluation rows")
     training = recipe.training
     if given:
         return

@@ -7,11 +7,22 @@ are not coerced, and a recipe cannot be changed once it is read. What excludes w
 
 from __future__ import annotations
 
+import os.path
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_cli.recipe.types import Cadence, CountOrFraction, Initialisation, Split, Strings, TextOrTexts, TrackerNames
+from lora_cli.recipe.types import (
+    Cadence,
+    CountOrFraction,
+    Initialisation,
+    Split,
+    StringList,
+    Strings,
+    TextOrTexts,
+    TrackerNames,
+)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -25,6 +36,15 @@ TooLong = Literal["truncate", "skip", "split", "error"]
 
 class Section(BaseModel):
     """A mapping of the recipe: strict, closed and frozen."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """`columns: null` means what leaving it out means, where the key holds a list or a mapping."""
+        if not isinstance(values, dict):
+            return values
+        collections = {name for name, field in cls.model_fields.items() if field.default in ({}, [])}
+        return {key: value for key, value in values.items() if value is not None or key not in collections}
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -97,15 +117,13 @@ class LoraSection(Section):
     target_modules: TextOrTexts = Field(
         "all-linear", description="all-linear, a glob, `re:...`, or a list of name endings, globs, `re:...`"
     )
-    exclude_modules: Strings | None = Field(None, description="never adapt these; forms as above")
+    exclude_modules: StringList = Field([], description="never adapt these; forms as above")
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="adapt these layers only, counted from 0"
     )
     rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
-    modules_to_save: Strings | None = Field(
-        None, description="modules trained in full; a classifier head is added by itself"
-    )
+    modules_to_save: StringList = Field([], description="modules trained in full; a classifier head is added by itself")
     init_lora_weights: Initialisation = Field(
         True, description="true: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero"
     )
@@ -169,3 +187,7 @@ class Recipe(Section):
     lora: LoraSection = Field(LoraSection(), description="the adapter")
     training: TrainingSection = Field(TrainingSection(), description="the training run")
     output_dir: Text = Field(description="folder of this run; made if it is not there")
+
+    @property
+    def output_path(self) -> Path:
+        return Path(os.path.expanduser(self.output_dir))  # unlike Path.expanduser, leaves an unknown ~name as it is

@@ -39,8 +39,13 @@ class Source:
         """The place of a key, or of the nearest section around it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
-                return self.places[path[:length]]
+                return self._overridden(path[:length]) or self.places[path[:length]]
         return Place()
+
+    def _overridden(self, path: KeyPath) -> Place | None:
+        """The argument that changed something inside the section at ``path``, if one did."""
+        inside = (place for key, place in self.places.items() if key[: len(path)] == path)
+        return next((place for place in inside if place.argument is not None), None)
 
     def was_given(self, *path: str) -> bool:
         return path in self.places
@@ -80,4 +85,7 @@ class Source:
 
 def _sentence(mistake: Mistake) -> str:
     """Mistakes at a key already name it where they need to; the others begin with the key's name."""
-    return mistake.message if mistake.at_key else f"{mistake.name} {mistake.message}".strip()
+    if mistake.at_key:
+        return mistake.message
+    colon = ":" if mistake.message.startswith(("'", "no ")) else ""
+    return f"{mistake.name}{colon} {mistake.message}".strip()

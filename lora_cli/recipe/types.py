@@ -50,6 +50,11 @@ def strings(value: Any) -> list[str]:
     raise wrong(f"must be a text or a list of texts, not {_yaml(value)}")
 
 
+def string_list(value: Any) -> list[str]:
+    """As ``strings``, and there may be none."""
+    return [] if value == [] else strings(value)
+
+
 def text_or_texts(value: Any) -> str | list[str]:
     """One string or a list of strings, kept as written: one string may have a meaning of its own."""
     strings(value)
@@ -100,6 +105,7 @@ Cadence = Annotated[
     int | float | Literal["epoch"],
     *_type(cadence, {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "epoch"}]}),
 ]
+StringList = Annotated[list[str], *_type(string_list, _STRINGS)]
 Strings = Annotated[list[str], *_type(strings, _STRINGS)]
 TextOrTexts = Annotated[str | list[str], *_type(text_or_texts, _STRINGS)]
 Split = Annotated[str, *_type(split, {"type": "string"})]

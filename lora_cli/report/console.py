@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
 PIPE_WIDTH = 160  # a pipe has no width; wide enough that no row is broken
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+class PatientConsole(Console):
+    """Falls silent when nobody reads any more (`lora train ... | head`); the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show braille shows question marks
+    console = PatientConsole(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=PIPE_WIDTH)
+        console = PatientConsole(highlight=False, emoji=False, markup=False, width=PIPE_WIDTH)
     return console
 
 

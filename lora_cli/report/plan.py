@@ -7,7 +7,7 @@ from rich.text import Text
 
 from lora_cli.commands.check import Check
 from lora_cli.commands.plan import Plan
-from lora_cli.data.dataset import Counts
+from lora_cli.data.dataset import Counts, label_counts
 from lora_cli.report.console import facts, table
 from lora_cli.report.grouping import group_targets
 from lora_cli.report.numbers import endings, number, plural, size
@@ -26,6 +26,10 @@ def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
     if plan.labels:
         rows.append(("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")))
     rows += [("rows", _rows(plan)), ("tokens", _tokens(plan))]
+    cut = plan.dataset.train_counts.truncated + plan.dataset.eval_counts.truncated
+    if cut:
+        limit = plan.recipe.dataset.max_length
+        rows.append(("cut", f"{plural(cut, 'row')} at max_length {limit}: what stands behind it is not learned"))
     left_out = _left_out(plan.dataset.train_counts, plan.dataset.eval_counts)
     if left_out:
         rows.append(("left out", left_out))
@@ -73,10 +77,9 @@ def _tokens(plan: Plan) -> str:
 
 def _left_out(train: Counts, held_out: Counts) -> str:
     kinds = [
-        (train.truncated + held_out.truncated, "cut at max_length"),
-        (train.skipped + held_out.skipped, "left out as too long"),
-        (train.unsupervised + held_out.unsupervised, "left out: no supervised token"),
-        (len(train.bad) + len(held_out.bad), "left out as bad"),
+        (train.skipped + held_out.skipped, "as too long"),
+        (train.unsupervised + held_out.unsupervised, "without a supervised token"),
+        (len(train.bad) + len(held_out.bad), "as bad"),
     ]
     text = "; ".join(f"{plural(count, 'row')} {what}" for count, what in kinds if count)
     bad = [*train.bad, *held_out.bad]
@@ -107,13 +110,20 @@ def show_check(console: Console, check: Check) -> None:
     if not plan.labels:
         spread = check.targets
         rows.append(("supervised", f"{spread.minimum:,} least, {spread.median:,} median, {spread.maximum:,} most"))
+    else:
+        counts = zip(plan.labels, label_counts(plan.dataset.train, len(plan.labels)), strict=True)
+        rows.append(("rows a label", ", ".join(f"{label}: {count:,}" for label, count in counts)))
     rows.append(("disk", f"{size(plan.disk_bytes)} needed at most, {size(check.free_bytes)} free"))
     facts(console, rows)
     if plan.model.targets:
         console.print()
         _show_targets(console, plan)
-    if not plan.labels:
-        console.print()
+    console.print()
+    if plan.labels:
+        example = plan.dataset.train[0]
+        console.print(f"first row ({example.where}), labelled {plan.labels[example.label or 0]}:", style="bold")
+        console.print("".join(piece for piece, _ in check.excerpt.pieces)[:EXCERPT_CHARACTERS], soft_wrap=True)
+    else:
         _show_excerpt(console, check)
 
 

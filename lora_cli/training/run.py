@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.injection import adapters_of
+from lora_cli.adapters.patterns import ending
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.device import peak_memory_bytes
-from lora_cli.errors import NonFiniteError, Stopped
+from lora_cli.errors import NonFiniteError, Stopped, UsageError
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import Metrics, Task
 from lora_cli.training.checkpoint import Best, Checkpoints, State
@@ -23,6 +25,22 @@ from lora_cli.training.metrics import Line, MetricsFile, Tracker
 from lora_cli.training.optimizer import trained_parameters
 from lora_cli.training.schedule import is_due
 from lora_cli.training.signals import StopRequest
+
+
+def check_gradients(model: PreTrainedModel) -> None:
+    """Raises ``UsageError`` for adapters that a step went past: they would be saved, and mean nothing.
+
+    Some models multiply by a layer's weight themselves instead of calling the layer. An expert to which no
+    token was sent is another matter.
+    """
+    idle = [name for name, layer in adapters_of(model).items() if layer.lora_B.grad is None and "expert" not in name]
+    if idle:
+        kinds = sorted({ending(name) for name in idle})
+        raise UsageError(
+            f"{len(idle)} adapters get no gradient, because this model uses their weights without calling the layers: "
+            f"{', '.join(idle[:3])}{' and more' if len(idle) > 3 else ''}",
+            f"set lora.exclude_modules: [{', '.join(kinds)}]",
+        )
 
 
 class Observer(Protocol):
@@ -66,7 +84,10 @@ class Run:
         """Run to the end. Raises ``Stopped`` after a signal, with the state saved."""
         self.model.train()
         self._between_steps()
+        first = self.state.step + 1
         for step in self._steps():
+            if step.number == first:
+                check_gradients(self.model)
             self._record(step)
             self._between_steps()
 

@@ -103,7 +103,7 @@ def test_truncated_rows_are_counted_in_both_forms(recipe, lora):
     result = lora("check", path, "--json").json
     assert result["tokens_per_row"]["maximum"] == 50
     assert result["train"]["truncated"] > 0
-    assert f"{result['train']['truncated']} rows cut at max_length" in lora("check", path).out
+    assert f"{result['train']['truncated']} rows at max_length 50: what stands behind it" in lora("check", path).out
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_target_that_matches_nothing_is_told_at_its_line_with_the_real_names(r
     line = next(n for n, text in enumerate(path.read_text().splitlines(), start=1) if "kproj" in text)
     assert result.code == 2
     assert f"{line:>3} | " in result.err
-    assert "lora.target_modules no layer is named 'kproj'" in result.err
+    assert "lora.target_modules: no layer is named 'kproj'" in result.err
     assert "did you mean k_proj?" in result.err
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in result.err
 

@@ -257,19 +257,6 @@ def test_evaluation_rows_without_supervision_are_refused(tokenizer: Any):
         build(tokenizer, chat_rows(3), eval_path="test.jsonl", max_length=64)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("system_prompt", "Be kind."), ("train_on_prompt", True), ("chat_template", "t.jinja")]
-)
-def test_keys_that_running_text_does_not_read(key: str, value: Any, tokenizer: Any):
-    """A key that changes nothing is refused, not ignored."""
-    Path("t.jinja").write_text(tokenizer.chat_template)
-    with pytest.raises(RecipeError) as caught:
-        build(tokenizer, [{"text": "the cat"}], **{key: value})
-    assert [(m.name, m.message) for m in caught.value.mistakes] == [(f"dataset.{key}", "has no effect on running text")]
-    build(tokenizer, chat_rows(1), **{key: value})
-    build(tokenizer, [{"text": "the cat"}])
-
-
 # --- evaluation rows
 
 

@@ -482,7 +482,7 @@ def test_a_template_that_rewrites_the_assistant(filter: str, words: Any):
 def test_a_template_that_counts_the_assistants_words(words: Any):
     """What stands behind a turn must not hang on the turn, or its end cannot be told."""
     tokenizer = speaking(words, "chatml")
-    tokenizer.chat_template = CHATML + "{{ messages[1]['content'] | length }}"
+    tokenizer.chat_template = CHATML + "{{ messages[-1]['content'] | length }}"
     with pytest.raises(DataError, match="the chat template rewrites an assistant turn"):
         TextEncoder(DatasetSection(path=["x"]), tokenizer)
 

@@ -144,7 +144,9 @@ def test_scalars_in_a_recipe(start: Path):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(start: Path):
     start.write_bytes(b"\xef\xbb\xbf" + START.encode())
-    assert load_recipe(start).recipe.model.path == "m"
+    loaded = load_recipe(start)
+    assert loaded.recipe.model.path == "m"
+    assert loaded.text == START
 
 
 def test_anchors_and_aliases(start: Path):

@@ -33,7 +33,7 @@ def mistakes(text: str, tmp_path: Path) -> list[Mistake]:
         ("learning_rate: 3", "did you mean training.learning_rate?"),
         ("lora: {alpha: 3}", "did you mean lora_alpha?"),
         ("lora: {dropout: 3}", "did you mean lora_dropout?"),
-        ("lora: {rank: 3}", "did you mean rank_pattern?"),
+        ("lora: {rank: 3}", "did you mean lora.r?"),
         ("lora: {bias: none}", FOREIGN_KEYS["bias"]),
         ("training: {bf16: true}", "write model.dtype: bfloat16"),
         ("training: {warmup_ratio: 0.1}", "write training.warmup_steps with a fraction below 1"),

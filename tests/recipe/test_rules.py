@@ -111,7 +111,7 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             "_evaluation_source",
             ["dataset.eval_size=0.1", f"dataset.{key}=x"],
             "dataset.eval_size",
-            f"goes not with {key}",
+            f"cannot be combined with {key}",
             [f"dataset.{key}=x"],
         )
         for key in ("eval_path", "eval_split")

@@ -67,7 +67,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "lora.lora_dropout": ("0.99", 0.99, "1", "must be less than 1"),
     "lora.use_rslora": ("true", True, "x", YES_NO),
     "lora.target_modules": ("[q_proj]", ["q_proj"], "[3]", TEXTS.format("[3]")),
-    "lora.exclude_modules": ("down_proj", ["down_proj"], "[]", TEXTS.format("[]")),
+    "lora.exclude_modules": ("down_proj", ["down_proj"], "['']", TEXTS.format("['']")),
     "lora.layers_to_transform": ("[0, 2]", [0, 2], "[-1]", "must be 0 or more"),
     "lora.rank_pattern": ("{q_proj: 4}", {"q_proj": 4}, "{q_proj: 0}", ONE_OR_MORE),
     "lora.alpha_pattern": ("{q_proj: 4.5}", {"q_proj": 4.5}, "{q_proj: 0}", POSITIVE),
@@ -141,11 +141,11 @@ DEFAULTS: dict[str, Any] = {
     "lora.lora_dropout": 0.0,
     "lora.use_rslora": False,
     "lora.target_modules": "all-linear",
-    "lora.exclude_modules": None,
+    "lora.exclude_modules": [],
     "lora.layers_to_transform": None,
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
-    "lora.modules_to_save": None,
+    "lora.modules_to_save": [],
     "lora.init_lora_weights": True,
     "training.learning_rate": 2e-4,
     "training.weight_decay": 0.01,
@@ -217,12 +217,34 @@ def test_a_value_that_is_refused(key: str, start: Path):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("training.adam_beta1=-0.1", "must be 0 or more"),
+        ("training.adam_beta2=1", "must be less than 1"),
+        ("lora.lora_dropout=-0.1", "must be 0 or more"),
+        ("training.seed=-1", "must be 0 or more"),
+        ("training.eval_steps=0", "must be a number of steps"),
+        ("training.save_steps=1.0", "must be a number of steps"),
+        ("training.report_to=[none, wandb]", "must be none, tensorboard, wandb, trackio, or a list of them"),
+        ("dataset.eval_size=false", "must be a count (0 or more) or a fraction between 0 and 1, not false"),
+        ("training.warmup_steps=-1", "must be a count (0 or more) or a fraction between 0 and 1, not -1"),
+    ],
+)
+def test_other_edges(argument: str, words: str, start: Path):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(start, [argument])
+    assert f"{argument.partition('=')[0]} {words}" in str(caught.value)
+
+
 @pytest.mark.parametrize("key", sorted(set(KEYS) - SECTIONS))
 def test_null_is_taken_where_it_means_something_and_nowhere_else(key: str, start: Path):
     nullable = {key for key, default in DEFAULTS.items() if default is None}
     nullable |= {"training.max_grad_norm", "model.path", "model.tokenizer"}
     companions = ["model.config={model_type: llama}", "model.tokenizer=t"] if key == "model.path" else []
-    if key in nullable:
+    if DEFAULTS.get(key) in ([], {}):  # as if it were left out
+        assert value_of(load_recipe(start, [f"{key}=null"]).recipe, key) == DEFAULTS[key]
+    elif key in nullable:
         assert value_of(load_recipe(start, [*companions, f"{key}=null"]).recipe, key) is None
     else:
         with pytest.raises(RecipeError, match="empty"):

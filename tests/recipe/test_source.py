@@ -36,7 +36,7 @@ def test_an_unknown_key_is_underlined_itself(tmp_path: Path):
         "  --> recipe.yaml:5:3\n"
         "  5 |   rank: 4\n"
         "    |   ^^^^ unknown key in lora\n"
-        "    help: did you mean rank_pattern?"
+        "    help: did you mean lora.r?"
     )
 
 
@@ -55,6 +55,23 @@ def test_a_missing_section_has_no_line(tmp_path: Path):
 def test_an_argument_is_named(tmp_path: Path):
     assert told(START, tmp_path, "lora.r=0") == (
         "recipe.yaml has 1 mistake\n  --> argument lora.r=0\n    | lora.r must be 1 or more"
+    )
+
+
+def test_a_shorthand_has_its_own_place(tmp_path: Path):
+    assert told("model: [a]\ndataset: d\noutput_dir: o\n", tmp_path) == (
+        "recipe.yaml has 1 mistake\n"
+        "  --> recipe.yaml:1:1\n"
+        "  1 | model: [a]\n"
+        "    |        ^^^ model.path must be a text, not a list"
+    )
+
+
+def test_an_argument_that_replaces_a_section_is_the_place_of_what_it_lacks(tmp_path: Path):
+    """Not the line of the file where the key stood before."""
+    text = "model: m\ndataset: {path: x}\noutput_dir: o\n"
+    assert told(text, tmp_path, "dataset={name: y}") == (
+        "recipe.yaml has 1 mistake\n  --> argument dataset={name: y}\n    | dataset.path is required"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_cli.errors import Mistake
 from lora_cli.recipe.source import Place, Source, Span
-from lora_cli.recipe.yaml_text import MAX_DEPTH, Mistakes, parse_yaml
+from lora_cli.recipe.yaml_text import MAX_DEPTH, MAX_NODES, Mistakes, parse_yaml
 
 
 def parse(text: str, argument: str | None = None) -> Any:
@@ -154,6 +154,12 @@ def test_billion_laughs():
     lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     mistakes, _ = refused("\n".join(lines))
     assert (mistakes[0].name, mistakes[0].message) == ("a4", "holds more than 20000 values")
+
+
+def test_the_most_values_that_are_taken():
+    """The list itself is one of them."""
+    assert len(parse("[" + "1," * (MAX_NODES - 1) + "]")) == MAX_NODES - 1
+    refused("[" + "1," * MAX_NODES + "]")
 
 
 def test_places_of_keys_and_values():
