@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train the quickstart: two minutes on two cores
+demo: $(STAMP)  ## train the quickstart: under a minute on two cores
 	$(BIN)/lora train recipes/quickstart.yaml
 
 test: $(STAMP)  ## run the tests

@@ -71,9 +71,15 @@ def read_config(folder: Path, *, remote_code: bool = False) -> PreTrainedConfig:
         raise UsageError(f"{folder} holds no config.json", "is this a model's folder?")
     try:
         with quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UsageError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
+    attention = str(config._attn_implementation or "")
+    if "/" in attention and not remote_code:  # transformers would fetch and run it
+        raise UsageError(
+            f"{folder / 'config.json'} names code on the hub: {attention}", "allow it with --trust-remote-code"
+        )
+    return config
 
 
 def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:

@@ -119,7 +119,11 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def hold_folder(path: Path) -> Iterator[None]:
-    """Make the folder and hold it for one process; the system frees the lock of a killed one."""
+    """Make the folder and hold it for one process; the system frees the lock of a killed one.
+
+    A folder that was made here and got no file vanishes again.
+    """
+    made = not path.exists()
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock")
@@ -133,6 +137,8 @@ def hold_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if made and [entry.name for entry in path.iterdir()] == [".lock"]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def free_bytes(path: Path) -> int:

@@ -18,7 +18,7 @@ from lora_cli.commands.provenance import Provenance
 from lora_cli.commands.summary import Summary, versions
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.models import quiet
-from lora_cli.storage import is_intact, new_folder, storage_errors, write_json, write_text
+from lora_cli.storage import new_folder, storage_errors, write_json, write_text
 
 OURS = ("recipe.yaml", "resolved.yaml")
 EARLIER = "earlier-"
@@ -89,11 +89,12 @@ class OutputFolder:
                 os.rename(entry, target / entry.name)
         return target
 
-    def is_complete(self) -> bool:
-        return self.summary.is_file() and is_intact(self.result)
-
-    def read_summary(self) -> Summary:
-        return Summary(**json.loads(self.summary.read_text(encoding="utf-8")))
+    def read_summary(self) -> Summary | None:
+        """None where there is none that can be read: then it is written again."""
+        try:
+            return Summary(**json.loads(self.summary.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def write_recipe(self, plan: Plan) -> None:
         write_text(self.root / "recipe.yaml", plan.loaded.text)

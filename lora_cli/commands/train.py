@@ -63,8 +63,8 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
     name = loaded.recipe.model.path
     if name is not None and os.path.isdir(name):
         weight_files(Path(name))
-    plan = make_plan(loaded, remote_code=remote_code)
     with located(loaded), hold_folder(output.root):
+        plan = make_plan(loaded, remote_code=remote_code)
         # 2. is this the beginning, the continuation or the end of a run?
         set_aside = output.set_aside() if fresh else None
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
@@ -77,9 +77,10 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         check_same_run(state.run, now)
         output.write_recipe(plan)
         observer.begins(plan, output, state, set_aside)
-        if is_finished(plan, state) and output.is_complete():
+        summary = output.read_summary()
+        if is_finished(plan, state) and summary is not None and is_intact(output.result):
             metrics = MetricsFile(output.metrics, state.metrics_bytes)
-            return Outcome(plan, output, output.read_summary(), metrics.read(), already_finished=True)
+            return Outcome(plan, output, summary, metrics.read(), already_finished=True)
         # 3. the model, and the weights of the checkpoint
         with memory_errors(LOADING_CURE):
             model = build_model(plan, base, remote_code=remote_code)

@@ -39,7 +39,6 @@ class State:
     seconds: float = 0.0
     evaluated_step: int = -1  # the step of the newest finished evaluation
     before: Metrics = field(default_factory=dict)
-    last: Metrics = field(default_factory=dict)
     best: Best | None = None
     evaluations_without_improvement: int = 0
     stopped_early: bool = False

@@ -200,7 +200,6 @@ class Run:
         if state.step == 0:
             state.before = metrics
             return False
-        state.last = metrics
         return self._note_best(metrics)
 
     def _note_best(self, metrics: Metrics) -> bool:

@@ -106,7 +106,6 @@ def test_the_state_survives_its_file(checkpoints):
         seconds=0.25,
         evaluated_step=2,
         before={"loss": 3.0},
-        last={"loss": 2.0},
         best=Best(1, 1.5, {"loss": 1.5}),
         evaluations_without_improvement=1,
         stopped_early=True,
