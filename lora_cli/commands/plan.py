@@ -233,8 +233,8 @@ def _check_disk(plan: Plan) -> None:
     path = plan.recipe.output_path
     free = free_bytes(path)
     if plan.disk_bytes > free:
-        needs, has = plan.disk_bytes / 1e9, free / 1e9
-        raise StorageError(f"the run needs {needs:.1f} GB in {path}, and {has:.1f} GB are free")
+        needs, has = plan.disk_bytes / 1e6, free / 1e6
+        raise StorageError(f"the run needs {needs:,.1f} MB in {path}, and {has:,.1f} MB are free")
 
 
 def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> list[str]:

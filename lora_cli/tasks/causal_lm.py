@@ -32,7 +32,7 @@ class CausalLM:
         wrong_N = logits_NV.argmax(-1) != targets_N
         wrong_rows_B = torch.zeros(len(batch.where), device=targets_N.device).index_add_(0, rows_N, wrong_N.float())
         return {
-            "loss": summed_cross_entropy(logits_NV, targets_N).double(),
+            "loss": summed_cross_entropy(logits_NV, targets_N).cpu().double(),  # not every device has float64
             "targets": torch.tensor(len(targets_N)),
             "correct": (~wrong_N).sum(),
             "rows": torch.tensor(len(batch.where)),

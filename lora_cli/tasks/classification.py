@@ -30,13 +30,13 @@ class SequenceClassification:
         classes = logits_BC.shape[-1]
         cells_B = batch.labels * classes + logits_BC.argmax(-1)
         return {
-            "loss": summed_cross_entropy(logits_BC, batch.labels).double(),
+            "loss": summed_cross_entropy(logits_BC, batch.labels).cpu().double(),  # not every device has float64
             "confusion": torch.bincount(cells_B, minlength=classes**2).reshape(classes, classes),
         }
 
     @staticmethod
     def figures(sums: Sums) -> Metrics:
-        confusion = sums["confusion"].double()
+        confusion = sums["confusion"].cpu().double()
         return {
             "loss": float(sums["loss"]) / float(confusion.sum()),
             "accuracy": float(confusion.trace() / confusion.sum()),
