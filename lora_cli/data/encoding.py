@@ -121,10 +121,10 @@ class TextEncoder:
 
     def _fitted(self, ids: np.ndarray, supervised: np.ndarray, where: str, document: bool = False) -> Iterator[Example]:
         length, policy = self.section.max_length, self.section.too_long or ("split" if document else "truncate")
-        if len(ids) > length and policy == "split":
+        if len(ids) > length and policy == "split" and document:
             yield from self._windows(ids, where)
             return
-        if len(ids) > length and policy == "error":
+        if len(ids) > length and policy in ("error", "split"):  # a window of a dialogue would supervise its prompt
             raise ValueError(f"has {len(ids)} tokens, more than max_length {length}")
         if len(ids) > length and policy == "skip":
             return

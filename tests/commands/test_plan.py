@@ -122,7 +122,7 @@ def test_too_little_disk_is_exit_code_5_before_anything_is_written(recipe, lora,
     monkeypatch.setattr(plan_module, "free_bytes", lambda path: 10)
     result = lora("train", recipe())
     assert result.code == 5
-    assert "GB are free" in result.err
+    assert "MB are free" in result.err
     assert not (tmp_path / "run").exists()
     with pytest.raises(StorageError):
         make_plan(load_recipe(recipe()))

@@ -263,6 +263,14 @@ def test_too_long(plain: Any):
         assert kept.input_ids.tolist() == whole.input_ids.tolist()
 
 
+def test_a_dialogue_is_never_split(tokenizer: Any, plain: Any):
+    """Evaluation rows may be of another format than the text that is trained on: windows would supervise prompts."""
+    dialogue = Dialogue([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a cat"}])
+    for speaker, content in [(tokenizer, dialogue), (plain, Completion("the cat", " sees a dog", "x"))]:
+        with pytest.raises(ValueError, match="tokens, more than max_length 4"):
+            examples(speaker, content, max_length=4, too_long="split")
+
+
 @pytest.mark.parametrize(
     ("policy", "lengths"), [(None, [4, 4, 2]), ("split", [4, 4, 2]), ("truncate", [4]), ("skip", [])]
 )
