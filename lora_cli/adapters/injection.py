@@ -71,6 +71,7 @@ class _Finder:
         self.mistakes: list[Mistake] = []
 
     def find(self) -> list[Target]:
+        """The targets in the model's order, or every mistake at once."""
         chosen = self._targeted()
         chosen -= self._excluded()
         chosen &= self._in_layers()

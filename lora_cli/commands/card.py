@@ -7,6 +7,7 @@ from lora_cli.commands.summary import Summary
 
 
 def model_card(plan: Plan, summary: Summary) -> str:
+    """Markdown with the header that the hub reads, the figures, and how to load the folder."""
     recipe = plan.recipe
     rows = "\n".join(
         f"| {name} | {summary.before.get(name, float('nan')):.4f} | {value:.4f} |"

@@ -45,6 +45,7 @@ class Check:
     excerpt: Excerpt
 
     def to_dict(self) -> dict[str, Any]:
+        """What ``lora check --json`` prints."""
         plan = self.plan
         return {
             "task": plan.recipe.task,

@@ -156,7 +156,7 @@ def _check_section(section: DatasetSection, tokenizer: PreTrainedTokenizerFast, 
             what = (
                 "local files"
                 if key == "name"
-                else f"rows read as {format}" + (" without a chat template" if plain else "")
+                else f"rows read as {format}" + (" without a chat template" if plain and format != "text" else "")
             )
             mistakes.append(Mistake(("dataset", key), f"has no effect on {what}", "remove it"))
     if mistakes:

@@ -48,6 +48,7 @@ class Summary:
 
 
 def summarise(plan: Plan, result: Path, state: State, lines: list[dict[str, Any]]) -> Summary:
+    """The figures of a run that is finished; ``lines`` are those of metrics.jsonl."""
     counted = plan.model.counted
     losses = [line["loss"] for line in lines if "loss" in line]
     return Summary(

@@ -190,6 +190,7 @@ def build_run(
     config: dict[str, Any] | None,
     observer: Observer,
 ) -> Run:
+    """A run ready to execute, its numbers resolved from the recipe and the plan."""
     training = plan.recipe.training
     return Run(
         model=model,

@@ -149,6 +149,7 @@ class LabelEncoder:
         self.numbers = {str(index): index for index in range(len(labels))}
 
     def examples(self, content: Content, where: str) -> Iterator[Example]:
+        """One example, or none where it is too long and such rows are skipped. Raises ``ValueError``."""
         assert isinstance(content, Labelled)
         label = self.ids.get(content.label, self.numbers.get(content.label))
         if label is None:

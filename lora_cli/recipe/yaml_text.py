@@ -72,6 +72,7 @@ class _Reader:
         self.nodes = 0
 
     def read(self, text: str, at: KeyPath) -> Any:
+        """The value of a text. Raises ``Mistakes``."""
         try:
             node = yaml.compose(text, Loader=CoreSchemaLoader)
         except yaml.MarkedYAMLError as error:
@@ -120,6 +121,7 @@ class _Reader:
         return Place(_span(key), _span(value))
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        """The plain value of a node at ``path``; mistakes are collected on the way."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
             raise Mistakes([Mistake(path, f"holds more than {MAX_NODES} values")])
@@ -134,6 +136,7 @@ class _Reader:
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        """A mapping's values by key, with the place of each noted; a key given twice is a mistake."""
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or NO_TEXT.search(key_node.value):
@@ -152,6 +155,7 @@ class _Reader:
         return result
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+        """A scalar by the core schema; tags beyond it and numbers that are not finite are mistakes."""
         if node.tag not in SCALARS or not isinstance(node, yaml.ScalarNode):
             self.wrong(path, node, f"has the tag {node.tag}: a recipe is data and knows no tags")
             return None

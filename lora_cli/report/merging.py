@@ -10,6 +10,7 @@ from lora_cli.report.numbers import size
 
 
 def show_merge(console: Console, report: MergeReport) -> None:
+    """What was merged, and how far the result is from what was trained."""
     rows = [
         ("merged", f"{report.adapter} into {report.base}"),
         ("wrote", f"{report.output} ({size(report.bytes)}, {report.dtype})"),

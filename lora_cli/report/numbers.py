@@ -6,7 +6,7 @@ from lora_cli.adapters.patterns import ending
 
 
 def number(value: float) -> str:
-    """Four significant digits, without needless zeros: 0.9250 is 0.925, 12345.6 is 12,346."""
+    """At most four decimals, without needless zeros: 0.9250 is 0.925, 12345.6 is 12,346."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     if value and abs(value) < 1e-3:

@@ -103,6 +103,7 @@ def _run(plan: Plan) -> str:
 
 
 def show_check(console: Console, check: Check) -> None:
+    """The start block, tokens and disk, the adapted modules, and the first row as the model sees it."""
     plan = check.plan
     facts(console, plan_facts(plan, "checked, nothing written"))
     spread = check.tokens

@@ -81,6 +81,7 @@ class Checkpoints:
         state: State,
         adapter_config: dict[str, Any] | None,
     ) -> None:
+        """Write a checkpoint as a whole, then remove those that are no longer kept."""
         with new_folder(self.path(state.step), replace=True) as folder:
             save_trained(folder, trained_tensors(model), adapter_config)
             save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_cli.report.console import table
+from lora_cli.report.console import make_console, table
 from tests.benchmarks.shapes import SHAPES, save_base
 
 LLAMA_70B = {
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
-    console = Console(highlight=False)
+    console = make_console()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -56,9 +56,12 @@ def save_base(shape: Shape, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lora_cli.models import quiet
+
     settings = {key: value for key, value in shape.config.items() if key != "model_type"}
     torch.manual_seed(0)
     config = AutoConfig.for_model(shape.config["model_type"], **settings)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).save_pretrained(folder)
+    with quiet():
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).save_pretrained(folder)
     (folder / "rows.json").write_text(json.dumps(rows(shape)), encoding="utf-8")
     return folder
