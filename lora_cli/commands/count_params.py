@@ -67,7 +67,8 @@ def count_params(
         fitted = fit_adapter(path, base, weights=False, remote_code=remote_code)
         attach_fitted(fitted.skeleton, fitted)
         return counted(fitted.skeleton)
-    return counted(_model(read_config(model_folder(what, weights=False).path, remote_code=remote_code)))
+    folder = model_folder(what, weights=False, remote_code=remote_code).path
+    return counted(_model(read_config(folder, remote_code=remote_code), remote_code))
 
 
 def counted(model: PreTrainedModel) -> ParameterCount:
@@ -97,7 +98,7 @@ def _labels(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
         return []
 
 
-def _model(config: PreTrainedConfig) -> PreTrainedModel:
+def _model(config: PreTrainedConfig, remote_code: bool) -> PreTrainedModel:
     """The model that ``config.json`` names, whatever its task."""
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None)
@@ -106,4 +107,4 @@ def _model(config: PreTrainedConfig) -> PreTrainedModel:
     task = next((task for task, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping), None)
     if task is None:
         raise UsageError(f"{config.model_type} models cannot be built from a configuration alone")
-    return empty_model(config, task)
+    return empty_model(config, task, remote_code=remote_code)
