@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_cli.errors import StorageError, UsageError
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "tokenizer*"]
 WEIGHTS = ["model*.safetensors"]  # some repositories hold the same weights twice, under other names
 
@@ -37,7 +37,7 @@ def model_folder(
         return ModelFolder(path)
     if os.path.exists(path):
         raise UsageError(f"{name} is a file; a model is a folder or a hub id")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise UsageError(f"there is no folder {name}", _similar_folder(path))
     patterns = SMALL_FILES + (WEIGHTS if weights else []) + (["*.py"] if remote_code else [])
     return _download(name, revision, patterns)

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from lora_cli.errors import DataError
+from lora_cli.hub import HUB_ID
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _HELD_OUT = re.compile(r"(^|[._-])(test|dev|valid|validation|eval)([._-]|$)")
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def kind_of(path: Path) -> str:
@@ -26,7 +26,7 @@ def is_local(path: str) -> bool:
     """Whether a path means files here; what looks like neither file nor folder may be a hub id."""
     if glob.has_magic(path) or os.path.exists(os.path.expanduser(path)) or kind_of(Path(path)):
         return True
-    return _HUB_ID.fullmatch(path) is None
+    return HUB_ID.fullmatch(path) is None
 
 
 def expand(path: str) -> list[Path]:

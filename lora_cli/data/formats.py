@@ -165,7 +165,7 @@ def _labelled(columns: Columns) -> Labelled:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Format:
     """One format: the columns it needs, those it may use, and the function that reads a row."""
 
     needs: tuple[str, ...]
@@ -174,13 +174,13 @@ class Reading:
 
 
 # In the order in which `auto` tries them.
-FORMATS: dict[str, Reading] = {
-    "messages": Reading(("messages",), _messages),
-    "conversations": Reading(("conversations",), _conversations),
-    "prompt_completion": Reading(("prompt", "completion"), _prompt_completion),
-    "instruction": Reading(("instruction", "output"), _instruction, ("input",)),
-    "text": Reading(("text",), _text),
-    "labelled": Reading(("text", "label"), _labelled, ("text_pair",)),
+FORMATS: dict[str, Format] = {
+    "messages": Format(("messages",), _messages),
+    "conversations": Format(("conversations",), _conversations),
+    "prompt_completion": Format(("prompt", "completion"), _prompt_completion),
+    "instruction": Format(("instruction", "output"), _instruction, ("input",)),
+    "text": Format(("text",), _text),
+    "labelled": Format(("text", "label"), _labelled, ("text_pair",)),
 }
 FORMATS_OF_TASK = {
     "causal_lm": ("messages", "conversations", "prompt_completion", "instruction", "text"),

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from lora_cli.errors import LoraError, UsageError
+from lora_cli.models import first_line
 from lora_cli.storage import storage_errors
 
 Line = dict[str, Any]
@@ -89,8 +90,7 @@ def build_trackers(names: list[str], output_dir: Path, recipe: dict[str, Any], s
         except LoraError:
             raise
         except Exception as error:  # no account, no network, an old version: each has exceptions of its own
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UsageError(f"training.report_to: {name} cannot start: {reason}") from error
+            raise UsageError(f"training.report_to: {name} cannot start: {first_line(error)}") from error
     return trackers
 
 

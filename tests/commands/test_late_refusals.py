@@ -90,6 +90,15 @@ def test_a_quantized_base_is_refused_before_it_is_loaded(recipe, lora, model_fol
     assert "is stored quantized" in refused.err
 
 
+@pytest.mark.parametrize("change", ["system_prompt=Be kind.", "train_on_prompt=true"])
+def test_keys_that_running_text_does_not_read_are_refused(change, recipe, lora, tmp_path):
+    rows = write_jsonl(tmp_path / "text.jsonl", [{"text": "the cat sees a bird"}] * 4)
+    refused = lora("check", recipe(), f"dataset.path={rows}", f"dataset.{change}")
+    assert refused.code == 2
+    assert f"dataset.{change.partition('=')[0]} has no effect on rows read as text\n" in refused.err
+    assert lora("check", recipe(), f"dataset.path={rows}").code == 0
+
+
 def test_evaluation_rows_that_are_training_rows_are_noted(recipe, lora, tmp_path):
     path = recipe(rows=6)
     notes = lora("check", path, f"dataset.eval_path={tmp_path / 'rows.jsonl'}", "--json").json["notes"]
