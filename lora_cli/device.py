@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,20 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to reuse freed memory instead of giving it back to the system; whether it understood.
+
+    A training step frees what the next one takes again. glibc returns blocks of some megabytes each time, and
+    the system clears every page anew: 5 to 8 % of a step on two cores. The peak stays what it was.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(mmap_threshold, 2**30) and libc.mallopt(trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):  # another C library
+        return False
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -22,10 +22,11 @@ MAX_FILE, MAX_FUNCTION = 400, 70
 # A module imports from its own room, and from rooms on lower floors.
 FLOORS = [
     ["errors"],
-    ["seeds", "device", "storage", "recipe", "ops"],
+    ["seeds", "device", "storage", "recipe", "ops", "distributed"],
     ["tensorfile", "hub"],
     ["models", "adapters"],
     ["data"],
+    ["fusion"],
     ["tasks"],
     ["training"],
     ["commands"],

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.ops.low_rank import Projection, low_rank_linear
+
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
 
@@ -45,8 +47,15 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x_I: Tensor) -> Tensor:
-        z_R = F.linear(self.dropout(x_I), self.lora_A.to(x_I.dtype))
-        return self.base(x_I) + self.scaling * F.linear(z_R, self.lora_B.to(x_I.dtype))
+        if not isinstance(self.dropout, nn.Identity) or self.base.weight.requires_grad:
+            z_R = F.linear(self.dropout(x_I), self.lora_A.to(x_I.dtype))
+            return self.base(x_I) + self.scaling * F.linear(z_R, self.lora_B.to(x_I.dtype))
+        return low_rank_linear(x_I, [self.projection()])[0]
+
+    def projection(self) -> Projection:
+        """The layer as arithmetic."""
+        weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        return Projection(weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
 
     @property
     def r(self) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import collate
 from lora_cli.data.encoding import Example
-from lora_cli.tasks.classification import class_logits
+from lora_cli.fusion.network import Network
 
 MAX_POSITIONS = 512  # compared at most: a vocabulary of 128k makes 262 MB of float32 logits
 MAX_ROWS = 16
@@ -63,7 +63,7 @@ def logits_of(model: PreTrainedModel, task: str, rows: list[Example]) -> Tensor:
 
 def _row_logits(model: PreTrainedModel, task: str, row: Example) -> Tensor:
     if task == "sequence_classification":
-        return class_logits(model, collate([row], pad_id=0)).float()
+        return Network(model).class_logits(collate([row], pad_id=0)).float()
     ids = torch.from_numpy(row.input_ids).long()[None]
     return model(input_ids=ids, use_cache=False).logits[0].float()
 

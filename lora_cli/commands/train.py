@@ -20,8 +20,10 @@ from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare
-from lora_cli.device import memory_errors
+from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.errors import UsageError
+from lora_cli.fusion.network import Network
+from lora_cli.fusion.proof import build_network
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
@@ -31,7 +33,7 @@ from lora_cli.tasks import TASKS
 from lora_cli.training.checkpoint import Checkpoints, State, read_trained, restore
 from lora_cli.training.loop import LoopSettings
 from lora_cli.training.metrics import MetricsFile, build_trackers
-from lora_cli.training.optimizer import build_optimizer
+from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.run import Observer, Run
 from lora_cli.training.signals import StopRequest
 
@@ -81,10 +83,12 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         if is_finished(plan, state) and summary is not None and is_intact(output.result):
             metrics = MetricsFile(output.metrics, state.metrics_bytes)
             return Outcome(plan, output, summary, metrics.read(), already_finished=True)
+        keep_freed_memory()
         # 3. the model, and the weights of the checkpoint
         with memory_errors(LOADING_CURE):
             model = build_model(plan, base, remote_code=remote_code)
-            optimizer = build_optimizer(model, plan.recipe.training)
+            network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+            optimizer = FlatAdamW(model, plan.recipe.training)
         torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
         if found:
             restore(found[0], model, optimizer)
@@ -92,7 +96,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         config = adapter_config(
             plan, model, base=str(base) if plan.model.folder is None else plan.recipe.model.path or ""
         )
-        run = build_run(plan, output, model, optimizer, checkpoints, state, config, observer)
+        run = build_run(plan, output, network, optimizer, checkpoints, state, config, observer)
         with run.stop:
             try:
                 run.execute()
@@ -183,8 +187,8 @@ def compile_layers(model: nn.Module) -> None:
 def build_run(
     plan: Plan,
     output: OutputFolder,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    network: Network,
+    optimizer: FlatAdamW,
     checkpoints: Checkpoints,
     state: State,
     config: dict[str, Any] | None,
@@ -193,7 +197,7 @@ def build_run(
     """A run ready to execute, its numbers resolved from the recipe and the plan."""
     training = plan.recipe.training
     return Run(
-        model=model,
+        network=network,
         task=TASKS[plan.recipe.task],
         train=plan.dataset.train,
         eval=plan.dataset.eval,

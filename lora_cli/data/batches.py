@@ -3,66 +3,121 @@
 The order is a pure function of (seed, epoch), and a step's rows of (recipe, step): so a resumed run sees what
 the uninterrupted one would have seen, and nothing about the position has to be saved.
 
-Shape suffixes: B rows of the micro-batch, T tokens.
+Shape suffixes: B rows of the micro-batch, T tokens of the longest, N tokens of all, M targets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_cli.data.encoding import Example
+from lora_cli.distributed import ALONE, World
+from lora_cli.ops.rows import Rows
 from lora_cli.seeds import stream
 
-IGNORE_INDEX = -100
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch lie: side by side and padded on the right, or end to end in a single line.
+
+    A line's length is filled up to a ``multiple`` with a row of padding that nothing looks at, where matrix
+    products of odd sizes are slow.
+    """
+
+    end_to_end: bool = False
+    multiple: int = 1
+
+
+PADDED = Layout()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. ``labels`` holds a target at every supervised position, else IGNORE_INDEX."""
+    """One micro-batch: its rows side by side, padded on the right, or end to end in a single line without padding.
 
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 on tokens, 0 on padding
-    labels: Tensor  # (B, T) int64; (B,) for a classifier
+    A target at position t is predicted at t - 1; ``places`` are those positions, counted through the whole of
+    ``input_ids``. Everything whose size depends on values is found on the host, so that no device has to wait.
+    """
+
+    input_ids: Tensor  # (B, T) int64; (1, N) end to end
+    rows: Rows  # with the filling row of a line, if it has one
+    places: Tensor  # (M,) int64
+    targets: Tensor  # (M,) int64
+    target_rows: Tensor  # (M,) int64: whose target it is
+    labels: Tensor | None  # (B,) int64 for a classifier
     where: list[str]
     num_targets: int
 
     def __post_init__(self) -> None:
-        assert self.input_ids.shape == self.attention_mask.shape
-        assert self.labels.shape[0] == self.input_ids.shape[0] == len(self.where)
-        assert self.num_targets > 0
+        assert tuple(self.input_ids.shape) in ((1, self.rows.num_tokens), (len(self.where), self.rows.longest))
+        assert len(self.places) == len(self.targets) == len(self.target_rows)
+        assert self.num_targets == (len(self.targets) if self.labels is None else len(self.labels)) > 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.where)
 
     @property
     def num_tokens(self) -> int:
-        return int(self.attention_mask.sum())
+        """Real ones: neither padding nor filling."""
+        return sum(self.rows.lengths[: self.num_rows])
+
+    def attention_mask(self) -> Tensor:
+        """(B, T) int64, 1 on tokens and 0 on padding."""
+        return (torch.arange(self.rows.longest) < torch.tensor(self.rows.lengths)[:, None]).long()
 
     def to(self, device: torch.device) -> Batch:
-        ids, mask, labels = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels))
-        return Batch(ids, mask, labels, self.where, self.num_targets)
+        """On CUDA through pinned memory, without waiting for the copy."""
+        if device.type == "cpu":
+            return self
+
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            rows=self.rows.to(device),
+            places=moved(self.places),
+            targets=moved(self.targets),
+            target_rows=moved(self.target_rows),
+            labels=None if self.labels is None else moved(self.labels),
+        )
 
 
-def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Pad to the longest row on the right. Padding is known by position, never by its id."""
-    length = max(len(example.input_ids) for example in examples)
-    ids = np.full((len(examples), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(examples), length), dtype=np.int64)
-    targets = np.full((len(examples), length), IGNORE_INDEX, dtype=np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        ids[row, :size] = example.input_ids
-        mask[row, :size] = 1
-        targets[row, :size][example.supervised] = example.input_ids[example.supervised]
-    labels = torch.from_numpy(targets)
-    if examples[0].label is not None:
-        labels = torch.tensor([example.label for example in examples])
-    where = [example.where for example in examples]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), labels, where, sum(e.num_targets for e in examples))
+def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Batch:
+    """One batch of these rows. Padding is known by position, never by its id."""
+    lengths = [len(example.input_ids) for example in examples]
+    longest = 0 if layout.end_to_end else max(lengths)
+    starts = [0, *accumulate(longest or length for length in lengths)]
+    filling = -starts[-1] % layout.multiple if layout.end_to_end else 0
+    ids = np.full(starts[-1] + filling, pad_id, dtype=np.int64)
+    places, targets = [], []
+    for example, start in zip(examples, starts, strict=False):
+        ids[start : start + len(example.input_ids)] = example.input_ids
+        supervised = np.flatnonzero(example.supervised)
+        places.append(supervised + (start - 1))
+        targets.append(example.input_ids[supervised].astype(np.int64))
+    counts = torch.tensor([len(found) for found in places])
+    labels = None if examples[0].label is None else torch.tensor([example.label for example in examples])
+    return Batch(
+        torch.from_numpy(ids.reshape(1 if layout.end_to_end else len(examples), -1)),
+        Rows.of([*lengths, filling] if filling else lengths),
+        torch.from_numpy(np.concatenate(places)),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.repeat_interleave(torch.arange(len(examples)), counts),
+        labels,
+        [example.where for example in examples],
+        sum(example.num_targets for example in examples),
+    )
 
 
 @dataclass(frozen=True)
@@ -93,11 +148,18 @@ class StepPlan:
         order = _order(self.num_rows, self.seed, epoch) if self.shuffle else range(self.num_rows)
         return list(order[position * self.rows_per_step : (position + 1) * self.rows_per_step])
 
-    def micro_batches(self, examples: list[Example], step: int) -> list[list[Example]]:
-        """The step's examples in micro-batches of similar length: the same sum, with less padding."""
-        chosen = sorted((examples[row] for row in self.rows_of(step)), key=lambda e: -len(e.input_ids))
+    def rows(self, examples: list[Example], step: int) -> list[Example]:
+        """The step's examples, the longest first."""
+        return sorted((examples[row] for row in self.rows_of(step)), key=lambda e: -len(e.input_ids))
+
+    def micro_batches(self, examples: list[Example], step: int, world: World = ALONE) -> list[list[Example]]:
+        """One process's share of the step, in micro-batches of similar length: the same sum, with less padding.
+
+        Every process takes each ``size``-th of the sorted rows, so all have about as much to do.
+        """
+        share = self.rows(examples, step)[world.rank :: world.size]
         size = self.micro_batch_size
-        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [share[start : start + size] for start in range(0, len(share), size)]
 
 
 @lru_cache(maxsize=2)
@@ -105,8 +167,8 @@ def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_rows, generator=stream(seed, "order", epoch)).tolist()
 
 
-def evaluation_batches(examples: list[Example], size: int, pad_id: int) -> Iterator[Batch]:
+def evaluation_batches(examples: list[Example], size: int, pad_id: int, layout: Layout = PADDED) -> Iterator[Batch]:
     """All rows once, the longest first, so that memory runs out at once or never."""
     ordered = sorted(examples, key=lambda e: -len(e.input_ids))
     for start in range(0, len(ordered), size):
-        yield collate(ordered[start : start + size], pad_id)
+        yield collate(ordered[start : start + size], pad_id, layout)

@@ -1,14 +1,137 @@
 """Cross-entropy over supervised positions only, in float32, as a sum: micro-batches add up exactly.
 
-Shape suffixes: N supervised positions, V vocabulary.
+With the output head it is one operation, so that logits never exist as a whole: for a few positions at a time
+they are made, turned into the loss and into their own gradient, and forgotten.
+
+Shape suffixes: M supervised positions, C those of one chunk, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_cli.ops.precision import wide, wide_type
 
-def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """sum_n -log softmax(logits_n)[target_n], in nats, float32."""
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+# Logits made at a time: enough for a fast product, and few in memory. On the CPU their float32 form, 16 MB, stays
+# below what the C library would fetch from the system, page by page, each time.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+
+
+def summed_cross_entropy(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """sum_m -log softmax(logits_m)[target_m], in nats, float32."""
+    return F.cross_entropy(wide(logits_MV), targets_M, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: softcap * tanh(scale * (h W^T + b) / softcap), or without the cap."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0  # Cohere multiplies logits, Granite divides them
+    softcap: float | None = None  # Gemma 2, arXiv:2408.00118
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """(M, V) in the weight's dtype, as the model's own code gives them."""
+        logits_MV = F.linear(hidden_MD.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0:
+            logits_MV = logits_MV * self.scale
+        return logits_MV if self.softcap is None else self.softcap * torch.tanh(logits_MV / self.softcap)
+
+    def chunks(self, hidden_MD: Tensor) -> Iterator[slice]:
+        """Stretches of positions whose logits are made together."""
+        size = max(1, CHUNK_LOGITS.get(hidden_MD.device.type, 2**22) // self.weight.shape[0])
+        return (slice(start, start + size) for start in range(0, len(hidden_MD), size))
+
+
+def head_loss(hidden_MD: Tensor, head: Head, targets_M: Tensor) -> Tensor:
+    """The summed cross-entropy of the head's logits, float32, without ever holding all of them."""
+    hidden_MD = hidden_MD.to(head.weight.dtype)
+    return _HeadLoss.apply(hidden_MD, head.weight, head.bias, targets_M, head.scale, head.softcap)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Forward and backward in one pass: the gradient of a sum is known before anyone asks for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        head = Head(weight_VD, bias_V, scale, softcap)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        loss = torch.zeros((), dtype=wide_type(hidden_MD.dtype), device=hidden_MD.device)
+        dhidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=wide_type(weight_VD.dtype)) if needs_weight else None
+        dbias_V = torch.zeros_like(bias_V, dtype=wide_type(bias_V.dtype)) if needs_bias and bias_V is not None else None
+        for chunk in head.chunks(hidden_MD):
+            linear_CV = F.linear(hidden_MD[chunk], weight_VD, bias_V)
+            losses_C = _loss_and_gradient(linear_CV, targets_M[chunk], head)
+            dlinear_CV = linear_CV
+            loss += losses_C.sum()
+            if dhidden_MD is not None:
+                dhidden_MD[chunk] = dlinear_CV @ weight_VD
+            if dweight_VD is not None:
+                dweight_VD += dlinear_CV.T @ hidden_MD[chunk]
+            if dbias_V is not None:
+                dbias_V += dlinear_CV.sum(0, dtype=dbias_V.dtype)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(dhidden_MD, dweight_VD, dbias_V)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        dhidden_MD, dweight_VD, dbias_V = ctx.saved_tensors
+        scaled = [None if d is None else (d * gradient).to(ctx.weight_dtype) for d in (dhidden_MD, dweight_VD, dbias_V)]
+        return (*scaled, None, None, None)
+
+
+def _loss_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:
+    """Each position's loss (C,) in float32; ``linear_CV`` becomes the loss's gradient by itself.
+
+    d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t); the cap's own derivative is 1 - tanh^2.
+    """
+    z_CV = wide(linear_CV)  # itself, where it is float32 already
+    tanh_CV = None
+    if head.softcap is not None:
+        tanh_CV = z_CV.mul_(head.scale / head.softcap).tanh_()
+        z_CV = tanh_CV * head.softcap
+    elif head.scale != 1.0:
+        z_CV.mul_(head.scale)
+    z_CV.sub_(z_CV.amax(-1, keepdim=True))
+    at_targets_C1 = z_CV.gather(1, targets_C[:, None])
+    sums_C1 = z_CV.exp_().sum(-1, keepdim=True)
+    losses_C = (sums_C1.log() - at_targets_C1).squeeze(1)
+    p_CV = z_CV.div_(sums_C1)
+    p_CV.scatter_add_(1, targets_C[:, None], torch.full_like(at_targets_C1, -1.0))
+    if head.scale != 1.0:
+        p_CV.mul_(head.scale)
+    if tanh_CV is not None:
+        p_CV.mul_(1 - tanh_CV.square_())
+    linear_CV.copy_(p_CV)
+    return losses_C
+
+
+@torch.no_grad()
+def head_statistics(hidden_MD: Tensor, head: Head, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(the summed loss in float32, (M,) bool: the target has the largest logit), a few positions at a time."""
+    loss = torch.zeros((), dtype=wide_type(hidden_MD.dtype), device=hidden_MD.device)
+    right = []
+    for chunk in head.chunks(hidden_MD):
+        logits_CV = head.logits(hidden_MD[chunk])
+        right.append(logits_CV.argmax(-1) == targets_M[chunk])
+        loss += summed_cross_entropy(logits_CV, targets_M[chunk])
+    return loss, torch.cat(right)

@@ -1,6 +1,6 @@
 """One label a row.
 
-Shape suffixes: B rows, T tokens, D hidden size, C classes.
+Shape suffixes: B rows, C classes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Batch
+from lora_cli.fusion.network import Network
 from lora_cli.ops.cross_entropy import summed_cross_entropy
 from lora_cli.tasks.task import Metrics, Sums
 
@@ -21,16 +21,16 @@ class SequenceClassification:
     higher_is_better: ClassVar[frozenset[str]] = frozenset({"accuracy", "macro_f1", "matthews_correlation"})
 
     @staticmethod
-    def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
-        return summed_cross_entropy(class_logits(model, batch), batch.labels)
+    def loss_sum(network: Network, batch: Batch) -> Tensor:
+        return summed_cross_entropy(network.class_logits(batch), _labels(batch))
 
     @staticmethod
-    def sums(model: PreTrainedModel, batch: Batch) -> Sums:
-        logits_BC = class_logits(model, batch)
+    def sums(network: Network, batch: Batch) -> Sums:
+        logits_BC, labels_B = network.class_logits(batch), _labels(batch)
         classes = logits_BC.shape[-1]
-        cells_B = batch.labels * classes + logits_BC.argmax(-1)
+        cells_B = labels_B * classes + logits_BC.argmax(-1)
         return {
-            "loss": summed_cross_entropy(logits_BC, batch.labels).cpu().double(),  # not every device has float64
+            "loss": summed_cross_entropy(logits_BC, labels_B).cpu().double(),  # not every device has float64
             "confusion": torch.bincount(cells_B, minlength=classes**2).reshape(classes, classes),
         }
 
@@ -45,18 +45,9 @@ class SequenceClassification:
         }
 
 
-def class_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(B, C). Decoders are read at each row's last token by position.
-
-    Their own forward would look for the pad id instead, which fails where there is none and reads the wrong
-    token where a text holds it.
-    """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if not hasattr(model, "score"):
-        return model(**inputs).logits
-    hidden_BTD = model.base_model(**inputs, use_cache=False).last_hidden_state
-    last_B = batch.attention_mask.sum(1) - 1
-    return model.score(hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
+def _labels(batch: Batch) -> Tensor:
+    assert batch.labels is not None, "rows without labels do not reach a classifier"
+    return batch.labels
 
 
 def macro_f1(confusion_CC: Tensor) -> float:

@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Batch
+from lora_cli.fusion.network import Network
 
 Sums = dict[str, Tensor]  # quantities that add up over batches
 Metrics = dict[str, float]
 
 
 class Task(Protocol):
-    """Loss and metrics. A task holds no state: everything is a function of model and batch."""
+    """Loss and metrics. A task holds no state: everything is a function of network and batch."""
 
     higher_is_better: ClassVar[frozenset[str]]
 
     @staticmethod
-    def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
+    def loss_sum(network: Network, batch: Batch) -> Tensor:
         """The loss summed over the batch's targets, float32; dividing it by their number is the loop's part."""
 
     @staticmethod
-    def sums(model: PreTrainedModel, batch: Batch) -> Sums:
+    def sums(network: Network, batch: Batch) -> Sums:
         """What an evaluation adds up."""
 
     @staticmethod

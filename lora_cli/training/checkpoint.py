@@ -20,7 +20,7 @@ from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, te
 from lora_cli.errors import StorageError
 from lora_cli.storage import is_intact, new_folder, write_json
 from lora_cli.tasks import Metrics
-from lora_cli.training.optimizer import load_optimizer, optimizer_tensors
+from lora_cli.training.optimizer import FlatAdamW
 
 
 @dataclass
@@ -77,14 +77,14 @@ class Checkpoints:
     def save(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: FlatAdamW,
         state: State,
         adapter_config: dict[str, Any] | None,
     ) -> None:
         """Write a checkpoint as a whole, then remove those that are no longer kept."""
         with new_folder(self.path(state.step), replace=True) as folder:
             save_trained(folder, trained_tensors(model), adapter_config)
-            save_file(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+            save_file(optimizer.tensors(), folder / "optimizer.safetensors")
             save_file(rng_tensors(), folder / "rng.safetensors")
             write_json(folder / "state.json", asdict(state))
         self._prune(state)
@@ -104,10 +104,10 @@ def read_state(folder: Path) -> State:
     return State(**values, best=Best(**best) if best else None)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(folder: Path, model: nn.Module, optimizer: FlatAdamW) -> None:
     """Put weights, moments and random generators back as they were."""
     load_trained(model, read_trained(folder))
-    load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    optimizer.load(load_file(folder / "optimizer.safetensors"))
     set_rng(load_file(folder / "rng.safetensors"))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
 
 from lora_cli.data.batches import evaluation_batches
 from lora_cli.data.encoding import Example
 from lora_cli.device import memory_errors
+from lora_cli.fusion.network import Network
 from lora_cli.tasks import Metrics, Sums, Task
 
 MEMORY_CURE = "lower training.per_device_eval_batch_size"
@@ -17,7 +17,7 @@ MEMORY_CURE = "lower training.per_device_eval_batch_size"
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
+    network: Network,
     task: type[Task],
     examples: list[Example],
     *,
@@ -28,17 +28,17 @@ def evaluate(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Metrics | None:
     """The task's figures over all examples; None where ``stop`` asked to leave early."""
-    was_training = model.training
-    model.eval()
+    was_training = network.model.training
+    network.model.eval()
     totals: Sums = {}
     try:
         with memory_errors(MEMORY_CURE):
-            for batch in evaluation_batches(examples, batch_size, pad_id):
+            for batch in evaluation_batches(examples, batch_size, pad_id, network.layout):
                 if stop():
                     return None
-                for name, value in task.sums(model, batch.to(device)).items():
+                for name, value in task.sums(network, batch.to(device)).items():
                     totals[name] = totals[name] + value if name in totals else value
                 progress(len(batch.where))
     finally:
-        model.train(was_training)
+        network.model.train(was_training)
     return task.figures(totals)

@@ -6,18 +6,22 @@ tokens, so 1 x 8, 2 x 4 and 8 x 1 rows are the same step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from lora_cli.data.batches import Batch, StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.device import memory_errors
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import NonFiniteError
+from lora_cli.fusion.network import Network
 from lora_cli.tasks import Task
+from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.schedule import lr_multiplier
 
 # float16 loses gradients below 6e-8; a power of two moves them up and is taken out again without rounding.
@@ -54,15 +58,16 @@ class LoopSettings:
 
 
 def train_steps(
-    model: PreTrainedModel,
+    network: Network,
     task: type[Task],
     examples: list[Example],
     plan: StepPlan,
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     settings: LoopSettings,
     *,
     start: int,
     device: torch.device,
+    world: World = ALONE,
 ) -> Iterator[Step]:
     """Optimizer steps ``start + 1`` to ``total_steps``.
 
@@ -71,16 +76,19 @@ def train_steps(
     for number in range(start, settings.total_steps):
         began = time.perf_counter()
         multiplier = lr_multiplier(settings.lr_scheduler_type, number, settings.total_steps, settings.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * multiplier
-        micro_batches = [collate(rows, settings.pad_id) for rows in plan.micro_batches(examples, number)]
+        optimizer.set_learning_rate(settings.learning_rate * multiplier)
+        rows = plan.rows(examples, number)
+        share = [collate(rows, settings.pad_id, network.layout) for rows in plan.micro_batches(examples, number, world)]
+        num_targets = sum(example.num_targets for example in rows)
         with memory_errors(MEMORY_CURE):
-            loss, grad_norm = train_step(model, task, micro_batches, optimizer, settings.max_grad_norm, device)
+            loss, grad_norm = train_step(
+                network, task, share, optimizer, settings.max_grad_norm, device, num_targets=num_targets, world=world
+            )
         yield Step(
             number + 1,
             loss,
-            sum(batch.num_targets for batch in micro_batches),
-            sum(batch.num_tokens for batch in micro_batches),
+            num_targets,
+            sum(len(example.input_ids) for example in rows),
             grad_norm,
             settings.learning_rate * multiplier,
             time.perf_counter() - began,
@@ -88,64 +96,72 @@ def train_steps(
 
 
 def train_step(
-    model: PreTrainedModel,
+    network: Network,
     task: type[Task],
     micro_batches: list[Batch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: FlatAdamW,
     max_grad_norm: float | None,
     device: torch.device,
+    *,
+    num_targets: int | None = None,
+    world: World = ALONE,
 ) -> tuple[float, float]:
-    """Forward, backward and update. Returns (mean loss over all targets, gradient norm before clipping)."""
-    optimizer.zero_grad(set_to_none=True)
-    losses = accumulate_gradients(model, task, micro_batches, device)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
-    _check_finite(losses, float(grad_norm), micro_batches)
+    """Forward, backward and update. Returns (mean loss over all targets, gradient norm before clipping).
+
+    ``micro_batches`` are this process's, ``num_targets`` counts those of all. The device is asked for figures
+    once, when everything is on its way.
+    """
+    optimizer.zero_gradients()
+    losses = accumulate_gradients(network, task, micro_batches, device, num_targets=num_targets)
+    if _computes_float16(network):
+        optimizer.gradients.div_(FLOAT16_LOSS_SCALE)
+    world.add(optimizer.gradients)
+    loss = world.add(torch.stack(losses).sum() if losses else optimizer.gradients.new_zeros(()))
+    norm = optimizer.gradient_norm()
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
     if max_grad_norm is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-    optimizer.step()
-    return sum(losses), float(grad_norm)
+        optimizer.clip(norm, max_grad_norm)
+    optimizer.update(finite)
+    total, grad_norm = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        raise _non_finite([float(loss) for loss in losses], micro_batches, loss_is_finite=math.isfinite(total))
+    return total, grad_norm
 
 
 def accumulate_gradients(
-    model: PreTrainedModel, task: type[Task], micro_batches: list[Batch], device: torch.device
-) -> list[float]:
-    """Leave the gradient of (sum of losses) / (number of targets) in the parameters.
+    network: Network,
+    task: type[Task],
+    micro_batches: list[Batch],
+    device: torch.device,
+    *,
+    num_targets: int | None = None,
+) -> list[Tensor]:
+    """Add the gradient of (sum of losses) / (number of targets) to the parameters' own.
 
-    Returns each micro-batch's share of that mean.
+    Returns each micro-batch's share of that mean, on the device. In float16 the gradients are larger by
+    ``FLOAT16_LOSS_SCALE``.
     """
-    num_targets = sum(batch.num_targets for batch in micro_batches)
-    scale = FLOAT16_LOSS_SCALE if _computes_float16(model) else 1.0
+    num_targets = num_targets or sum(batch.num_targets for batch in micro_batches)
+    scale = FLOAT16_LOSS_SCALE if _computes_float16(network) else 1.0
     losses = []
     for batch in micro_batches:
-        loss = task.loss_sum(model, batch.to(device)) / num_targets
+        loss = task.loss_sum(network, batch.to(device)) / num_targets
         (loss * scale).backward()
-        losses.append(float(loss.detach()))
-    if scale != 1.0:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
+        losses.append(loss.detach())
     return losses
 
 
-def _computes_float16(model: PreTrainedModel) -> bool:
-    return any(p.dtype == torch.float16 for p in model.parameters())
+def _computes_float16(network: Network) -> bool:
+    return any(p.dtype == torch.float16 for p in network.model.parameters())
 
 
-def _check_finite(losses: list[float], grad_norm: float, micro_batches: list[Batch]) -> None:
-    """Stop before the update, naming the rows whose loss is not finite (all of the step's, if only the gradient is)."""
-    if all(map(_is_finite, [*losses, grad_norm])):
-        return
-    guilty = [b for b, loss in zip(micro_batches, losses, strict=True) if not _is_finite(loss)]
-    what = "loss" if guilty else "gradient"
+def _non_finite(losses: list[float], micro_batches: list[Batch], *, loss_is_finite: bool) -> NonFiniteError:
+    """Names the rows whose loss is not finite (all of the step's, if only the gradient is)."""
+    guilty = [b for b, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+    what = "gradient" if loss_is_finite else "loss"
     rows = [where for batch in (guilty or micro_batches) for where in batch.where]
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    raise NonFiniteError(
+    return NonFiniteError(
         f"the {what} is not finite; the update was not made. Rows of the step: {shown}",
         "lower training.learning_rate, use model.dtype: float32, or look at these rows",
     )
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

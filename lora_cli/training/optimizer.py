@@ -1,6 +1,12 @@
-"""AdamW over the trained parameters."""
+"""AdamW over the trained parameters, which lie in one vector, as their gradients do in another.
+
+One tensor to clip, to sum over processes and to update, instead of hundreds of small ones.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,40 +14,133 @@ from torch import Tensor, nn
 from lora_cli.adapters.injection import base_name
 from lora_cli.recipe import TrainingSection
 
+ALIGNMENT = 16  # float32 values: every parameter begins on a cache line of its own
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def build_optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW:
-    """Decoupled weight decay (arXiv:1711.05101) on matrices; biases and norms are not pulled to zero."""
-    parameters = list(trained_parameters(model).values())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter lies in the vector."""
+
+    start: int
+    shape: torch.Size
+
+    def of(self, vector: Tensor) -> Tensor:
+        return vector[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+
+class FlatAdamW:
+    """Moves a model's trained parameters into one vector, and updates them there.
+
+    Matrices come first: decoupled weight decay (arXiv:1711.05101) is theirs alone; biases and norms are not
+    pulled to zero.
+    """
+
+    def __init__(self, model: nn.Module, training: TrainingSection) -> None:
+        parameters = trained_parameters(model)
+        ordered = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))  # stable: else the model's order
+        self.places, matrix_end, end = _places(ordered)
+        some = next(iter(ordered.values()))
+        self.values = torch.zeros(end, dtype=torch.float32, device=some.device)
+        self.gradients = torch.zeros_like(self.values)
+        self.never_reached = set(ordered)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._reached(name)) for name, p in ordered.items()]
+        with torch.no_grad():
+            for name, parameter in ordered.items():
+                self.places[name].of(self.values).copy_(parameter)
+                parameter.data = self.places[name].of(self.values)
+                parameter.grad = self.places[name].of(self.gradients)
+        self._adamw = _adamw(self.values, self.gradients, matrix_end, training)
+
+    def _reached(self, name: str):  # type: ignore[no-untyped-def]
+        return lambda parameter: self.never_reached.discard(name)
+
+    def stop_watching(self) -> None:
+        """After the first step it is known whom gradients reach."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"] = value
+
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+
+    def gradient_norm(self) -> Tensor:
+        """The Euclidean norm of all gradients together, on the device."""
+        return torch.linalg.vector_norm(self.gradients)
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale gradients down to ``max_norm`` where they are longer, as torch's clip_grads_with_norm_ does."""
+        self.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+    def update(self, finite: Tensor) -> None:
+        """One AdamW step; none where ``finite`` (a bool on the device) is false, without asking the device."""
+        if self._adamw.defaults["fused"]:
+            self._adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._adamw.step()
+        elif bool(finite):
+            self._adamw.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state by parameter name, ready for safetensors: ``exp_avg/<parameter>`` and so on."""
+        state = [self._adamw.state[part] for part in self._parts()]
+        if not all(state):
+            return {}
+        found = {"step": state[0]["step"].detach().cpu().reshape(1).clone()}
+        for key in MOMENTS:
+            moments = torch.cat([part[key] for part in state]).cpu()
+            found |= {f"{key}/{name}": place.of(moments).clone() for name, place in self.places.items()}
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put ``tensors`` back."""
+        if not tensors:
+            return
+        start = 0
+        vectors = {key: torch.zeros_like(self.values) for key in MOMENTS}
+        for key, vector in vectors.items():
+            for name, place in self.places.items():
+                place.of(vector).copy_(tensors[f"{key}/{name}"])
+        for part in self._parts():
+            state = {key: vector[start : start + part.numel()].clone() for key, vector in vectors.items()}
+            on_device = self._adamw.defaults["fused"] and part.device.type != "cpu"
+            step = tensors["step"].reshape(()).clone()
+            self._adamw.state[part] = {"step": step.to(part.device) if on_device else step, **state}
+            start += part.numel()
+
+    def _parts(self) -> list[nn.Parameter]:
+        return [p for group in self._adamw.param_groups for p in group["params"]]
+
+
+def _places(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int]:
+    """Every parameter's place, where the matrices end, and where everything does."""
+    places, end, matrix_end = {}, 0, 0
+    for name, parameter in parameters.items():
+        places[name] = Place(end, parameter.shape)
+        end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        if parameter.ndim >= 2:
+            matrix_end = end
+    return places, matrix_end, end
+
+
+def _adamw(values: Tensor, gradients: Tensor, matrix_end: int, training: TrainingSection) -> torch.optim.AdamW:
+    groups = []
+    for start, end, decay in [(0, matrix_end, training.weight_decay), (matrix_end, len(values), 0.0)]:
+        if end > start:
+            part = nn.Parameter(values[start:end])
+            part.grad = gradients[start:end]
+            groups.append({"params": [part], "weight_decay": decay})
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
+        fused=values.device.type in ("cpu", "cuda"),
     )
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Its state by parameter name, ready for safetensors: ``exp_avg/<parameter>`` and so on."""
-    return {
-        f"{key}/{name}": value.detach().cpu().contiguous()
-        for name, parameter in trained_parameters(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put ``optimizer_tensors`` back; the step counters stay where the fused kernel wants them."""
-    parameters = trained_parameters(model)
-    for name, value in tensors.items():
-        key, _, parameter_name = name.partition("/")
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -8,32 +8,36 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
-from lora_cli.adapters.injection import adapters_of
 from lora_cli.adapters.patterns import ending
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.device import peak_memory_bytes
 from lora_cli.errors import NonFiniteError, Stopped, UsageError
+from lora_cli.fusion.network import Network
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import Metrics, Task
 from lora_cli.training.checkpoint import Best, Checkpoints, State
 from lora_cli.training.evaluation import evaluate
 from lora_cli.training.loop import LoopSettings, Step, train_steps
 from lora_cli.training.metrics import Line, MetricsFile, Tracker
-from lora_cli.training.optimizer import trained_parameters
+from lora_cli.training.optimizer import FlatAdamW, trained_parameters
 from lora_cli.training.schedule import is_due
 from lora_cli.training.signals import StopRequest
 
 
-def check_gradients(model: PreTrainedModel) -> None:
+def check_gradients(optimizer: FlatAdamW) -> None:
     """Raises ``UsageError`` for adapters that a step went past: they would be saved, and mean nothing.
 
     Some models multiply by a layer's weight themselves instead of calling the layer. An expert to which no
     token was sent is another matter.
     """
-    idle = [name for name, layer in adapters_of(model).items() if layer.lora_B.grad is None and "expert" not in name]
+    optimizer.stop_watching()
+    idle = [
+        name.removesuffix(".lora_B")
+        for name in sorted(optimizer.never_reached)
+        if name.endswith(".lora_B") and "expert" not in name
+    ]
     if idle:
         kinds = sorted({ending(name) for name in idle})
         raise UsageError(
@@ -63,14 +67,14 @@ class Observer(Protocol):
 class Run:
     """One training run in progress. ``state`` says where it stands."""
 
-    model: PreTrainedModel
+    network: Network
     task: type[Task]
     train: list[Example]
     eval: list[Example]
     plan: StepPlan
     training: TrainingSection
     settings: LoopSettings
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
     checkpoints: Checkpoints
     metrics: MetricsFile
     trackers: list[Tracker]
@@ -82,12 +86,12 @@ class Run:
 
     def execute(self) -> None:
         """Run to the end. Raises ``Stopped`` after a signal, with the state saved."""
-        self.model.train()
+        self.network.model.train()
         self._between_steps()
         first = self.state.step + 1
         for step in self._steps():
             if step.number == first:
-                check_gradients(self.model)
+                check_gradients(self.optimizer)
             self._record(step)
             self._between_steps()
 
@@ -97,7 +101,7 @@ class Run:
 
     def _steps(self) -> Iterator[Step]:
         steps = train_steps(
-            self.model,
+            self.network,
             self.task,
             self.train,
             self.plan,
@@ -174,7 +178,7 @@ class Run:
         """Evaluate, and tell whether the adapter is the best so far."""
         self.observer.evaluation_begins(len(self.eval))
         metrics = evaluate(
-            self.model,
+            self.network,
             self.task,
             self.eval,
             batch_size=self.training.per_device_eval_batch_size,
@@ -219,12 +223,12 @@ class Run:
     def _save(self) -> None:
         self._check_weights()
         self.state.metrics_bytes = self.metrics.size
-        self.checkpoints.save(self.model, self.optimizer, self.state, self.adapter_config)
+        self.checkpoints.save(self.network.model, self.optimizer, self.state, self.adapter_config)
         self.observer.saved(self.state.step)
 
     def _check_weights(self) -> None:
         """An update can overflow where its gradient did not; such weights must not push out the last good ones."""
-        for name, parameter in trained_parameters(self.model).items():
+        for name, parameter in trained_parameters(self.network.model).items():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(
                     f"the weights after step {self.state.step} are not finite ({name}); they were not saved",

@@ -40,11 +40,14 @@ def ours(base: Path, shape: Shape, rows: list[list[int]]) -> list[float]:
     from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
     from lora_cli.data.batches import StepPlan
     from lora_cli.data.encoding import Example
+    from lora_cli.device import keep_freed_memory
+    from lora_cli.fusion.proof import build_network
     from lora_cli.recipe import LoraSection, TrainingSection
     from lora_cli.tasks import CausalLM
     from lora_cli.training.loop import LoopSettings, train_steps
-    from lora_cli.training.optimizer import build_optimizer
+    from lora_cli.training.optimizer import FlatAdamW
 
+    keep_freed_memory()
     model = load(base, shape)
     attach(model, find_targets(model, LoraSection(r=RANK, lora_alpha=ALPHA), []))
     freeze_base(model, [])
@@ -56,11 +59,12 @@ def ours(base: Path, shape: Shape, rows: list[list[int]]) -> list[float]:
     ]
     plan = StepPlan(len(rows), shape.rows_per_step, 1, seed=0, shuffle=False)
     settings = LoopSettings(2e-4, "linear", 0, shape.steps + 1, 1.0, pad_id=0)
-    optimizer = build_optimizer(model, TrainingSection())
+    network = build_network(model, "causal_lm")
+    optimizer = FlatAdamW(model, TrainingSection())
     device = torch.device("cpu")
     return [
         step.seconds
-        for step in train_steps(model, CausalLM, examples, plan, optimizer, settings, start=0, device=device)
+        for step in train_steps(network, CausalLM, examples, plan, optimizer, settings, start=0, device=device)
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_cli.data.batches import Batch, collate, evaluation_batches
 from lora_cli.data.encoding import Example
 from lora_cli.tasks import CausalLM
-from lora_cli.tasks.causal_lm import supervised_logits, takes_positions
+from lora_cli.fusion.network import Network, takes_positions
 from tests.conftest import VOCABULARY, tiny_model
 
 PAD = 3
@@ -51,7 +51,7 @@ def evaluate(model: Any, examples: list[Example], size: int) -> tuple[dict[str, 
     total: dict[str, Tensor] = {}
     with torch.no_grad():
         for batch in evaluation_batches(examples, size, PAD):
-            for name, value in CausalLM.sums(model, batch).items():
+            for name, value in CausalLM.sums(Network(model), batch).items():
                 total[name] = total[name] + value if name in total else value
     return total, CausalLM.figures(total)
 
@@ -60,7 +60,7 @@ def evaluate(model: Any, examples: list[Example], size: int) -> tuple[dict[str, 
 def test_loss_sum_equals_a_loop_over_rows(kind: str):
     model, examples = tiny_model(kind), draw(9)
     with torch.no_grad():
-        loss = CausalLM.loss_sum(model, collate(examples, PAD))
+        loss = CausalLM.loss_sum(Network(model), collate(examples, PAD))
     assert loss.dtype == torch.float32
     assert abs(float(loss) - naive_loss(model, examples)) < 2e-6 * float(loss)
 
@@ -68,11 +68,11 @@ def test_loss_sum_equals_a_loop_over_rows(kind: str):
 def test_only_targets_count():
     """The negative control: one more target changes the loss by that token's own, and padding changes nothing."""
     model, examples = tiny_model("llama"), draw(4)
-    loss = float(CausalLM.loss_sum(model, collate(examples, PAD)).detach())
+    loss = float(CausalLM.loss_sum(Network(model), collate(examples, PAD)).detach())
     unmasked = [Example(e.input_ids, np.arange(len(e.input_ids)) > 0, e.where) for e in examples]
-    assert abs(float(CausalLM.loss_sum(model, collate(unmasked, PAD)).detach()) - loss) > 1
+    assert abs(float(CausalLM.loss_sum(Network(model), collate(unmasked, PAD)).detach()) - loss) > 1
     for pad in (0, 7, VOCABULARY - 1):
-        assert float(CausalLM.loss_sum(model, collate(examples, pad)).detach()) == loss
+        assert float(CausalLM.loss_sum(Network(model), collate(examples, pad)).detach()) == loss
 
 
 def test_the_head_runs_only_where_some_row_has_a_target():
@@ -81,7 +81,7 @@ def test_the_head_runs_only_where_some_row_has_a_target():
     examples = [Example(ids, np.isin(ids, targets), "x") for targets in ([4, 5], [5, 11])]
     seen = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    CausalLM.loss_sum(model, collate(examples, PAD))
+    CausalLM.loss_sum(Network(model), collate(examples, PAD))
     assert seen == [(2, 3, 32)]  # positions 3, 4 and 10 of 12
 
 
@@ -112,7 +112,7 @@ def test_models_without_chosen_positions_give_the_same_loss():
     model, batch = tiny_model("llama"), collate(draw(6), PAD)
     assert takes_positions(model)
     assert not takes_positions(AllPositions(model))
-    one, other = CausalLM.loss_sum(model, batch), CausalLM.loss_sum(AllPositions(model), batch)
+    one, other = CausalLM.loss_sum(Network(model), batch), CausalLM.loss_sum(Network(AllPositions(model)), batch)
     assert torch.allclose(one, other, rtol=1e-6, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_accuracy_and_exact_match_by_hand():
         Example(np.array(ids, dtype=np.int32), np.isin(np.arange(len(ids)), targets), "x") for ids, targets in rows
     ]
     model = Says([[2, 3, 4, 0], [5, 0, 0, 0], [8, 0, 0, 0]])  # what follows each position
-    sums = CausalLM.sums(model, collate(examples, pad_id=0))
+    sums = CausalLM.sums(Network(model), collate(examples, pad_id=0))
     assert {name: int(sums[name]) for name in ("targets", "correct", "rows", "exact")} == {
         "targets": 6,
         "correct": 5,
@@ -173,6 +173,6 @@ def test_a_perplexity_beyond_floats_is_a_number():
 def test_sums_of_many_tokens_keep_their_last_digits():
     """A float32 sum stops counting at 16,777,216; the evaluation adds in float64 and whole numbers."""
     batch: Batch = collate(draw(1), PAD)
-    sums = CausalLM.sums(tiny_model("llama"), batch)
+    sums = CausalLM.sums(Network(tiny_model("llama")), batch)
     assert sums["loss"].dtype == torch.float64
     assert {sums[name].dtype for name in ("targets", "correct", "rows", "exact")} == {torch.int64}

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import lora_cli
 from lora_cli.data.batches import collate, evaluation_batches
 from lora_cli.data.encoding import Example
+from lora_cli.fusion.network import Network
 from lora_cli.tasks import SequenceClassification
-from lora_cli.tasks.classification import class_logits, macro_f1, matthews_correlation
+from lora_cli.tasks.classification import macro_f1, matthews_correlation
 from tests.conftest import VOCABULARY, tiny_model
 
 TASK = "sequence_classification"
@@ -49,7 +50,7 @@ def evaluate(model: Any, examples: list[Example], size: int) -> tuple[dict[str, 
     total: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for batch in evaluation_batches(examples, size, PAD):
-            for name, value in SequenceClassification.sums(model, batch).items():
+            for name, value in SequenceClassification.sums(Network(model), batch).items():
                 total[name] = total[name] + value if name in total else value
     return total, SequenceClassification.figures(total)
 
@@ -64,7 +65,7 @@ def test_a_decoder_is_read_at_each_rows_last_token(kind: str, pad_token_id: int 
     model = tiny_model(kind, TASK, num_labels=3, pad_token_id=pad_token_id)
     examples = draw(8, 3)
     with torch.no_grad():
-        logits_BC = class_logits(model, collate(examples, PAD))
+        logits_BC = Network(model).class_logits(collate(examples, PAD))
     expected_BC = torch.stack([alone(model, example) for example in examples])
     assert torch.allclose(logits_BC, expected_BC, rtol=0, atol=1e-5)
 
@@ -75,7 +76,7 @@ def test_the_models_own_forward_would_read_another_token():
     batch = collate(examples, PAD)
     with torch.no_grad():
         own_BC = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        ours_BC = class_logits(model, batch)
+        ours_BC = Network(model).class_logits(batch)
     differs_B = (own_BC - ours_BC).abs().amax(-1) > 1e-3
     assert differs_B.tolist() == [len(e.input_ids) > 1 and e.input_ids[-1] == PAD for e in examples]
 
@@ -86,7 +87,7 @@ def test_an_encoder_sees_no_padding(kind: str, pad: int):
     """Whatever fills the padding: RoBERTa's own pad id (0, from which it counts positions) or another."""
     model, examples = tiny_model(kind, TASK, num_labels=3), draw(8, 3)
     with torch.no_grad():
-        logits_BC = class_logits(model, collate(examples, pad))
+        logits_BC = Network(model).class_logits(collate(examples, pad))
     expected_BC = torch.stack([alone(model, example) for example in examples])
     assert torch.allclose(logits_BC, expected_BC, rtol=0, atol=1e-5)
     assert (expected_BC[0] - expected_BC[1]).abs().max() > 1e-3
@@ -99,7 +100,7 @@ def test_an_encoder_sees_no_padding(kind: str, pad: int):
 def test_loss_sum_equals_a_loop_over_rows(kind: str):
     model, examples = tiny_model(kind, TASK, num_labels=3), draw(8, 3)
     with torch.no_grad():
-        loss = SequenceClassification.loss_sum(model, collate(examples, 0))
+        loss = SequenceClassification.loss_sum(Network(model), collate(examples, 0))
     exact = copy.deepcopy(model).double()
     expected = 0.0
     for example in examples:

@@ -1,0 +1,195 @@
+"""Faster forms of a model's own modules, each adopted only where it is proven on that very module.
+
+While the model runs its own code on a few tokens, every module that looks like one of the forms below is
+compared, on the inputs it gets there, with its form; where both agree, the form takes the forward's place.
+An unknown architecture thus costs speed, never correctness.
+
+Shape suffixes: N tokens, H heads, D head size; `...` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.layer import LoRALinear
+from lora_cli.fusion.attention import ROWS_KEYWORD
+from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops.elementwise import rms_norm, rotate
+from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
+from lora_cli.ops.low_rank import Projection, low_rank_linear
+
+Forward = Callable[..., Any]
+# How far a form may be from the module's own code, as a share of its output's size: a rounding or two.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def forms_of(module: nn.Module, sights: dict[Any, Any]) -> Iterator[Forward]:
+    """The forms that this module may have, by its looks; ``sights`` holds what its attention was asked for."""
+    if has_hooks(module):
+        return
+    if type(module).__name__.endswith("RMSNorm"):
+        yield from _norm_forms(module)
+    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        yield from _gated_forms(module)
+    elif module in sights and all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")):
+        yield from _attention_forms(module, sights[module])
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else takes part in a call of this module: its weight alone does not say what it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """A frozen linear layer, with or without an adapter, as arithmetic; None where it is more than that."""
+    base = module.base if isinstance(module, LoRALinear) else module
+    if has_hooks(module) or has_hooks(base) or type(base) not in (nn.Linear, Conv1D):
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    if not isinstance(module, LoRALinear):
+        return Projection(base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
+    if not isinstance(module.dropout, nn.Identity):
+        return None
+    return module.projection()
+
+
+def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
+    found = [projection_of(getattr(module, name)) for name in names]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _norm_forms(module: nn.Module) -> Iterator[Forward]:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.requires_grad and isinstance(eps, float):
+        for offset in (0.0, 1.0):
+            yield partial(_norm, module, eps, offset)
+
+
+def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps, offset)
+
+
+def _gated_forms(module: nn.Module) -> Iterator[Forward]:
+    activation = _activation_name(module.act_fn)
+    if activation is not None and _projections(module, "gate_proj", "up_proj", "down_proj"):
+        yield partial(_gated, module, activation)
+
+
+def _activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
+    points = torch.linspace(-6, 6, 49)
+    equal = (name for name, (known, _) in ACTIVATIONS.items() if torch.allclose(act(points), known(points), atol=1e-6))
+    return next(equal, None)
+
+
+def _gated(module: nn.Module, activation: str, x: Tensor) -> Tensor:
+    projections = _projections(module, "gate_proj", "up_proj", "down_proj")
+    assert projections is not None
+    gate, up = low_rank_linear(x, projections[:2])
+    return gated_low_rank(gate, up, activation, projections[2])
+
+
+def _attention_forms(module: nn.Module, sight: Sight) -> Iterator[Forward]:
+    if isinstance(getattr(module, "head_dim", None), int) and _projections(
+        module, "q_proj", "k_proj", "v_proj", "o_proj"
+    ):
+        yield partial(_attention, module, sight)
+
+
+def _attention(
+    module: nn.Module,
+    sight: Sight,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Llama's attention and its kin, with a norm on queries and keys where the model has one."""
+    projections = _projections(module, "q_proj", "k_proj", "v_proj", "o_proj")
+    assert projections is not None and attention_mask is None and past_key_values is None
+    cos_ND, sin_ND = (table[0] for table in position_embeddings)
+    query, key, value = low_rank_linear(hidden_states[0], projections[:3])
+    query_NHD = rotate(_heads(query, module, "q_norm"), cos_ND, sin_ND)
+    key_NHD = rotate(_heads(key, module, "k_norm"), cos_ND, sin_ND)
+    value_NHD = value.unflatten(-1, (-1, module.head_dim))
+    dropout = module.attention_dropout if module.training else 0.0
+    out_NHD = attend_rows(query_NHD, key_NHD, value_NHD, kwargs[ROWS_KEYWORD], sight, dropout)
+    return low_rank_linear(out_NHD.flatten(1), projections[3:])[0][None], None
+
+
+def _heads(x: Tensor, module: nn.Module, norm_name: str) -> Tensor:
+    """(N, H * D) -> (N, H, D); Qwen3 norms each head, OLMo 2 all of them together."""
+    norm, size = getattr(module, norm_name, None), module.head_dim
+    if norm is None:
+        return x.unflatten(-1, (-1, size))
+    if norm.weight.numel() == size:
+        return norm(x.unflatten(-1, (-1, size)))
+    return norm(x).unflatten(-1, (-1, size))
+
+
+class Calls:
+    """Notes the modules' calls during one forward pass: what each was given and what it gave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
+        clean = [module for module in model.modules() if not has_hooks(module)]
+        self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._notes[module] = (args, kwargs, output)
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def proven_forms(self, sights: dict[Any, Any]) -> dict[nn.Module, Forward]:
+        """The first form of each module that gives what the module gave."""
+        proven = {}
+        for module, (args, kwargs, output) in self._notes.items():
+            form = next((form for form in forms_of(module, sights) if _agrees(form, args, kwargs, output)), None)
+            if form is not None:
+                proven[module] = form
+        return proven
+
+
+def adopt(proven: dict[nn.Module, Forward]) -> dict[str, int]:
+    """Put proven forms in place; how many of each kind."""
+    counts: dict[str, int] = {}
+    for module, form in proven.items():
+        module.forward = form  # type: ignore[method-assign]
+        name = form.func.__name__.lstrip("_")  # type: ignore[attr-defined]
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def abandon(proven: dict[nn.Module, Forward]) -> None:
+    """Give the modules their own code back."""
+    for module in proven:
+        del module.forward
+
+
+def _agrees(form: Forward, args: Any, kwargs: Any, output: Any) -> bool:
+    try:
+        other = form(*args, **kwargs)
+    except (TypeError, KeyError, RuntimeError, AssertionError, IndexError):  # it takes or gives something else
+        return False
+    if isinstance(output, tuple):
+        if len(output) != 2 or not isinstance(output[0], Tensor):
+            return False
+        output, other = output[0], other[0]
+    return close(other, output, TOLERANCES[output.dtype])
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """||found - expected|| <= tolerance ||expected||, and both are alike in kind."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    return bool((found.double() - expected.double()).norm() <= tolerance * expected.double().norm())

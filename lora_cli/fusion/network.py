@@ -1,0 +1,127 @@
+"""A model and how it is run: padded or end to end, through its own head or with the head folded into the loss.
+
+Shape suffixes: B rows, T tokens of the longest, N tokens of all, M supervised positions, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli.data.batches import PADDED, Batch, Layout
+from lora_cli.fusion.attention import ROWS_KEYWORD
+from lora_cli.ops.cross_entropy import Head
+from lora_cli.ops.rows import pad_rows
+
+
+@dataclass(frozen=True)
+class Network:
+    """Every forward pass of training and evaluation goes through here."""
+
+    model: PreTrainedModel
+    layout: Layout = PADDED  # end to end where the model was shown to keep such rows apart
+    first_position: int = 0  # RoBERTa counts from 2
+    head: Head | None = None  # the output head as a formula, where it was shown to be one
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def end_to_end(self) -> bool:
+        return self.layout.end_to_end
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The base's last hidden states, (B, T, D) or (1, N, D)."""
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+
+    def supervised_hidden(self, batch: Batch) -> Tensor:
+        """(M, D): the states that the targets are predicted from."""
+        return self.hidden(batch).flatten(0, 1).index_select(0, batch.places)
+
+    def supervised_logits(self, batch: Batch) -> Tensor:
+        """(M, V) through the model's own head, which runs on no more positions than it must."""
+        if not takes_positions(self.model):
+            return self.model(**self._inputs(batch)).logits.flatten(0, 1).index_select(0, batch.places)
+        if self.end_to_end:
+            return self.model(**self._inputs(batch), logits_to_keep=batch.places).logits[0]
+        columns_K, inverse_M = torch.unique(batch.places % batch.rows.longest, return_inverse=True)
+        logits_BKV = self.model(**self._inputs(batch), logits_to_keep=columns_K).logits
+        return logits_BKV[batch.target_rows, inverse_M]
+
+    def class_logits(self, batch: Batch) -> Tensor:
+        """(B, C). Decoders are read at each row's last token by position.
+
+        Their own forward would look for the pad id instead, which fails where there is none and reads the
+        wrong token where a text holds it.
+        """
+        if hasattr(self.model, "score"):
+            hidden_MD = self.hidden(batch).flatten(0, 1)
+            return self.model.score(hidden_MD.index_select(0, self._last_places(batch).to(hidden_MD.device)))
+        if not self.end_to_end:
+            return self.model(**self._inputs(batch)).logits
+        with unpacked_for_head(self.model, batch):
+            return self.model(**self._inputs(batch)).logits
+
+    def _last_places(self, batch: Batch) -> Tensor:
+        """(B,): where each row's last token is, counted through all of the batch."""
+        lengths_B = torch.tensor(batch.rows.lengths[: batch.num_rows])
+        if self.end_to_end:
+            return lengths_B.cumsum(0) - 1
+        return torch.arange(batch.num_rows) * batch.rows.longest + lengths_B - 1
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        device = batch.input_ids.device
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if self.end_to_end:
+            positions_N = batch.rows.positions() + self.first_position
+            inputs |= {"position_ids": positions_N[None].to(device, non_blocking=True), ROWS_KEYWORD: batch.rows}
+        else:
+            inputs["attention_mask"] = batch.attention_mask().to(device, non_blocking=True)
+        return inputs | extra_inputs(self.model, batch.input_ids)
+
+
+def extra_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
+    """No cache where there could be one, and the first token type where a model embeds types.
+
+    GPT-2 takes types too, and would look them up among its words.
+    """
+    known = inspect.signature(model.base_model.forward).parameters
+    extra: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    if "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0):
+        extra["token_type_ids"] = torch.zeros_like(input_ids)
+    return extra
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model's head can be run on chosen positions."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def unpacked_for_head(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """While it lasts, what leaves the base, and what enters its pooler, is side by side again.
+
+    A classifier's head looks a row's first token up by the row's number.
+    """
+
+    def unpack(hidden_1ND: Tensor) -> Tensor:
+        return pad_rows(hidden_1ND[0], batch.rows, batch.num_rows)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        output["last_hidden_state"] = unpack(output["last_hidden_state"])
+        return output
+
+    handles = [model.base_model.register_forward_hook(after)]
+    pooler = getattr(model.base_model, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        handles.append(pooler.register_forward_pre_hook(lambda module, args: (unpack(args[0]), *args[1:])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

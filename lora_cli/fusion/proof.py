@@ -1,0 +1,214 @@
+"""Which way a model may be run, found out on the model itself before the first step.
+
+A few short rows are run one by one through the model's own code, and then every faster way: end to end
+without padding, with fused forms, with the head as a formula. What does not give the same is not used, and a
+note says so.
+
+Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli.data.batches import Batch, Layout, collate
+from lora_cli.data.encoding import Example
+from lora_cli.fusion.attention import ROWS
+from lora_cli.fusion.forms import Calls, abandon, adopt, close, projection_of
+from lora_cli.fusion.network import Network, takes_positions
+from lora_cli.ops.cross_entropy import Head
+from lora_cli.ops.rows import Rows
+
+LENGTHS = (5, 2, 7)
+# How far a whole model may be off, relative to the size of its output: many roundings.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class ObservedRows(Rows):
+    """Rows that remember how each attention module looked at them."""
+
+    sights: dict[Any, Any] = field(default_factory=dict)
+
+    def observe(self, module: object, sight: object) -> None:
+        self.sights[module] = sight
+
+
+@torch.no_grad()
+def build_network(model: PreTrainedModel, task: str, *, attention: str = "auto", fused: bool = True) -> Network:
+    """The fastest way to run this model that is shown to be right. The model is on its device, adapters attached.
+
+    ``attention`` other than auto is a person's choice of kernel: rows are then padded, as it expects.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return _Prover(model, task).network(end_to_end=attention == "auto", fused=fused)
+    finally:
+        model.train(was_training)
+
+
+class _Prover:
+    def __init__(self, model: PreTrainedModel, task: str) -> None:
+        self.model, self.task = model, task
+        self.device = next(model.parameters()).device
+        self.examples = _probe_examples(model, task)
+        self.notes: list[str] = []
+
+    def network(self, *, end_to_end: bool, fused: bool) -> Network:
+        plain = Network(self.model)
+        expected = [self._answer(plain, [example]) for example in self.examples]
+        network, sights = self._end_to_end(plain, expected) if end_to_end else (plain, {})
+        if fused:
+            self._adopt_forms(network, sights, expected)
+            network = replace(network, head=self._head(network))
+        return replace(network, notes=tuple(self.notes))
+
+    def _batch(self, network: Network, examples: list[Example]) -> Batch:
+        return collate(examples, 0, network.layout).to(self.device)
+
+    def _answer(self, network: Network, examples: list[Example]) -> Tensor:
+        """What training looks at: hidden states of every token, or the classes of every row."""
+        batch = self._batch(network, examples)
+        if self.task == "sequence_classification":
+            return network.class_logits(batch)
+        hidden = network.hidden(batch)
+        return hidden[0, : batch.num_tokens] if network.end_to_end or len(examples) == 1 else hidden
+
+    # 1. without padding
+
+    def _end_to_end(self, plain: Network, expected: list[Tensor]) -> tuple[Network, dict[Any, Any]]:
+        """The network that lays rows end to end, or ``plain`` and a note why not."""
+        reason = self._why_not_end_to_end()
+        if reason is None:
+            before = self.model.config._attn_implementation
+            for first in _first_positions(self.model):
+                network = replace(plain, layout=_line(self.model), first_position=first)
+                sights = self._try_end_to_end(network, torch.cat(expected))
+                if sights is not None:
+                    return network, sights
+            self.model.set_attn_implementation(before)
+            reason = "this architecture does not keep rows apart that are laid end to end"
+        self.notes.append(f"rows are padded: {reason}")
+        return plain, {}
+
+    def _why_not_end_to_end(self) -> str | None:
+        if "position_ids" not in _parameters(self.model):
+            return "this architecture takes no position ids"
+        if getattr(self.model.config, "attention_chunk_size", None):
+            return "this architecture attends in chunks"
+        return None
+
+    def _try_end_to_end(self, network: Network, expected: Tensor) -> dict[Any, Any] | None:
+        """How each attention looks at its rows, where the answer is the rows' own and one row cannot see another."""
+        try:
+            self.model.set_attn_implementation(ROWS)
+            batch = self._batch(network, self.examples)
+            rows = ObservedRows(batch.rows.lengths, batch.rows.bounds)
+            found = _on(network, replace(batch, rows=rows), self.task)[: len(expected)]
+            disturbed = self._answer(network, [_other_tokens(self.examples[0]), *self.examples[1:]])
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
+            return None
+        own = 1 if self.task == "sequence_classification" else LENGTHS[0]
+        tolerance = TOLERANCES[found.dtype]
+        kept_apart = close(disturbed[own:], found[own:], tolerance / 10)
+        noticed = not close(disturbed[:own], found[:own], tolerance / 10)
+        return rows.sights if close(found, expected, tolerance) and kept_apart and noticed else None
+
+    # 2. fused forms
+
+    def _adopt_forms(self, network: Network, sights: dict[Any, Any], expected: list[Tensor]) -> None:
+        calls = Calls(self.model)
+        try:
+            before = _on(network, self._batch(network, self.examples), self.task)
+        finally:
+            calls.end()
+        proven = calls.proven_forms(sights)
+        adopt(proven)
+        after = _on(network, self._batch(network, self.examples), self.task)
+        if not close(after, before, TOLERANCES[before.dtype]):
+            abandon(proven)
+            self.notes.append("fused forms are not used: together they change what the model gives")
+
+    # 3. the head
+
+    def _head(self, network: Network) -> Head | None:
+        """The output head as a formula, where it gives the model's own logits."""
+        output = self.model.get_output_embeddings()
+        if self.task != "causal_lm" or type(output) is not nn.Linear or not takes_positions(self.model):
+            return None
+        if projection_of(output) is None and not output.weight.requires_grad:
+            return None
+        batch = self._batch(network, self.examples)
+        hidden_MD = network.supervised_hidden(batch)
+        expected_MV = network.supervised_logits(batch)
+        for head in _heads(self.model, output):
+            if close(head.logits(hidden_MD).to(expected_MV.dtype), expected_MV, TOLERANCES[expected_MV.dtype] / 10):
+                return head
+        self.notes.append("the loss holds all logits at once: this architecture's head is not a plain one")
+        return None
+
+
+def _line(model: PreTrainedModel) -> Layout:
+    """Rows end to end. The CPU's bfloat16 products lose up to a third of their speed at sizes that are not round."""
+    parameter = next(model.parameters())
+    slow_when_odd = parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
+    return Layout(end_to_end=True, multiple=48 if slow_when_odd else 1)
+
+
+def _on(network: Network, batch: Batch, task: str) -> Tensor:
+    return network.class_logits(batch) if task == "sequence_classification" else network.hidden(batch).flatten(0, 1)
+
+
+def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:
+    config = model.config
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    if getattr(config, "logit_scale", None):
+        scales.insert(0, float(config.logit_scale))
+    if getattr(config, "logits_scaling", None):
+        scales.insert(0, 1 / float(config.logits_scaling))
+    for scale in scales:
+        yield Head(output.weight, output.bias, scale, float(cap) if cap else None)
+
+
+def _parameters(model: PreTrainedModel) -> frozenset[str]:
+    import inspect
+
+    return frozenset(inspect.signature(model.base_model.forward).parameters)
+
+
+def _first_positions(model: PreTrainedModel) -> list[int]:
+    """Where positions begin: at 0, or behind the pad id, as RoBERTa's do."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    padded = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
+    return [*padded, 0]
+
+
+def _probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
+    """A few rows of arbitrary tokens, none of them special."""
+    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 1000))
+    special = {getattr(model.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    usable = [i for i in range(min(vocabulary, 2000)) if i not in special]
+    chance = np.random.default_rng(0)
+    label = 0 if task == "sequence_classification" else None
+    return [
+        Example(
+            chance.choice(usable, length).astype(np.int32),
+            (np.arange(length) > 0) & (label is None),
+            "probe",
+            label,
+        )
+        for length in LENGTHS
+    ]
+
+
+def _other_tokens(example: Example) -> Example:
+    return replace(example, input_ids=example.input_ids[::-1].copy())

@@ -1,0 +1,107 @@
+"""A gated activation and the projection behind it: the second half of SwiGLU and its kin.
+
+    y = W h + b + s B A h    with    h = act(gate) * up          arXiv:2002.05202, eq. 6
+
+One autograd node that saves gate and up, and makes h again in the backward pass: the widest activations of a
+transformer are then kept twice instead of four times.
+
+Shape suffixes: N tokens, I inner features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lora_cli.ops.elementwise import compiled
+from lora_cli.ops.low_rank import Projection
+
+Activation = Callable[[Tensor], Tensor]
+Derivative = Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+
+
+# name -> act(x), and dy act'(x)
+ACTIVATIONS: dict[str, tuple[Activation, Derivative]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_backward),
+}
+
+
+def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection) -> Tensor:
+    """(..., O) from gate and up (..., I)."""
+    y_NO = _GatedLowRank.apply(
+        gate.reshape(-1, gate.shape[-1]),
+        up.reshape(-1, up.shape[-1]),
+        activation,
+        down.scaling,
+        down.weight,
+        down.bias,
+        down.lora_A,
+        down.lora_B,
+    )
+    return y_NO.reshape(*gate.shape[:-1], y_NO.shape[-1])
+
+
+def _inner(gate_NI: Tensor, up_NI: Tensor, act: Activation) -> Tensor:
+    return act(gate_NI).mul_(up_NI)
+
+
+def _inner_backward(
+    dh_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, act: Activation, derivative: Derivative
+) -> tuple[Tensor, Tensor]:
+    """(d gate, d up)."""
+    return derivative(dh_NI * up_NI, gate_NI), act(gate_NI).mul_(dh_NI)
+
+
+class _GatedLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_NI: Tensor,
+        up_NI: Tensor,
+        activation: str,
+        scaling: float,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor | None,
+        b_OR: Tensor | None,
+    ) -> Tensor:
+        h_NI = compiled(_inner, gate_NI)(gate_NI, up_NI, ACTIVATIONS[activation][0])
+        y_NO = F.linear(h_NI, weight_OI, bias_O)
+        z_NR = cast_A = scaled_B = None
+        if a_RI is not None and b_OR is not None:
+            cast_A, scaled_B = a_RI.to(h_NI.dtype), (b_OR * scaling).to(h_NI.dtype)
+            z_NR = h_NI @ cast_A.T
+            y_NO.addmm_(z_NR, scaled_B.T)
+        ctx.activation, ctx.scaling = activation, scaling
+        ctx.dtype = None if b_OR is None else b_OR.dtype
+        ctx.save_for_backward(gate_NI, up_NI, weight_OI, z_NR, cast_A, scaled_B)
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Any, ...]:
+        gate_NI, up_NI, weight_OI, z_NR, cast_A, scaled_B = ctx.saved_tensors
+        act, derivative = ACTIVATIONS[ctx.activation]
+        dh_NI, da_RI, db_OR = dy_NO @ weight_OI, None, None
+        if scaled_B is not None:
+            g_NR = dy_NO @ scaled_B
+            dh_NI.addmm_(g_NR, cast_A)
+            da_RI = (g_NR.T @ compiled(_inner, gate_NI)(gate_NI, up_NI, act)).to(ctx.dtype)
+            db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.scaling)
+        dgate_NI, dup_NI = compiled(_inner_backward, gate_NI)(dh_NI, gate_NI, up_NI, act, derivative)
+        return dgate_NI, dup_NI, None, None, None, None, da_RI, db_OR
