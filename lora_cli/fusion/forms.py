@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.fusion.attention import ROWS_KEYWORD
 from lora_cli.ops.attention import Sight, attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
 from lora_cli.ops.low_rank import Projection, low_rank_linear
 
-Forward = Callable[..., Any]
+Forward = partial[Any]
 # How far a form may be from the module's own code, as a share of its output's size: a rounding or two.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -41,28 +40,10 @@ def forms_of(module: nn.Module, sights: dict[Any, Any]) -> Iterator[Forward]:
         yield from _attention_forms(module, sights[module])
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something else takes part in a call of this module: its weight alone does not say what it does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def projection_of(module: nn.Module) -> Projection | None:
-    """A frozen linear layer, with or without an adapter, as arithmetic; None where it is more than that."""
-    base = module.base if isinstance(module, LoRALinear) else module
-    if has_hooks(module) or has_hooks(base) or type(base) not in (nn.Linear, Conv1D):
-        return None
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return None
-    if not isinstance(module, LoRALinear):
-        return Projection(base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
-    if not isinstance(module.dropout, nn.Identity):
-        return None
-    return module.projection()
-
-
 def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
-    found = [projection_of(getattr(module, name)) for name in names]
-    return None if None in found else found  # type: ignore[return-value]
+    """All of them, or None where one is more than arithmetic."""
+    found = [projection for name in names if (projection := projection_of(getattr(module, name))) is not None]
+    return found if len(found) == len(names) else None
 
 
 def _norm_forms(module: nn.Module) -> Iterator[Forward]:
@@ -73,11 +54,11 @@ def _norm_forms(module: nn.Module) -> Iterator[Forward]:
             yield partial(_norm, module, eps, offset)
 
 
-def _norm(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
+def _norm(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, eps, offset)
 
 
-def _gated_forms(module: nn.Module) -> Iterator[Forward]:
+def _gated_forms(module: Any) -> Iterator[Forward]:
     activation = _activation_name(module.act_fn)
     if activation is not None and _projections(module, "gate_proj", "up_proj", "down_proj"):
         yield partial(_gated, module, activation)
@@ -104,7 +85,7 @@ def _attention_forms(module: nn.Module, sight: Sight) -> Iterator[Forward]:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     sight: Sight,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -164,8 +145,8 @@ def adopt(proven: dict[nn.Module, Forward]) -> dict[str, int]:
     """Put proven forms in place; how many of each kind."""
     counts: dict[str, int] = {}
     for module, form in proven.items():
-        module.forward = form  # type: ignore[method-assign]
-        name = form.func.__name__.lstrip("_")  # type: ignore[attr-defined]
+        module.forward = form
+        name = form.func.__name__.lstrip("_")
         counts[name] = counts.get(name, 0) + 1
     return counts
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.layer import projection_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.attention import ROWS
-from lora_cli.fusion.forms import Calls, abandon, adopt, close, projection_of
+from lora_cli.fusion.forms import Calls, abandon, adopt, close
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import Rows

@@ -39,31 +39,26 @@ class Sight:
 
     scaling: float
     causal: bool = True
-    window: int | None = None  # causal: itself and the window - 1 before it; else up to this far to both sides
+    window: int | None = None  # it sees tokens less than this far away, itself among them
     softcap: float | None = None  # scores become softcap * tanh(score / softcap): Gemma 2, arXiv:2408.00118
 
     def hidden(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """(queries, keys) bool: True where a query does not see a key; None where each sees all of them."""
         last, first = queries.stop - 1 - keys.start, queries.start - (keys.stop - 1)  # the extreme distances
         ahead = self.causal and first < 0
-        far = self.window is not None and (last >= self.window + (not self.causal) or -first > self.window)
+        far = self.window is not None and max(last, -first) >= self.window
         if not ahead and not far:
             return None
         query_positions, key_positions = (torch.arange(s.start, s.stop, device=device) for s in (queries, keys))
         distance = query_positions[:, None] - key_positions
-        if not self.causal:
-            return distance.abs() > self.window
-        return distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        return hidden if self.window is None else hidden | (distance.abs() >= self.window)
 
     def keys_of(self, queries: slice, length: int) -> slice:
         """The stretch of keys that some of these queries may see."""
-        first = 0
-        if self.window is not None:
-            first = max(0, queries.start - self.window + (1 if self.causal else 0))
-        last = queries.stop if self.causal else length
-        if self.window is not None and not self.causal:
-            last = min(length, queries.stop + self.window)
-        return slice(first, last)
+        reach = length if self.window is None else self.window - 1
+        last = queries.stop if self.causal else min(length, queries.stop + reach)
+        return slice(max(0, queries.start - reach), last)
 
 
 def attend_rows(
@@ -93,8 +88,9 @@ class _BlockedAttention(torch.autograd.Function):
         query_NHD, key_NKD, value_NKD = ctx.saved_tensors
         dq_NHD, dk_NKD, dv_NKD = (torch.empty_like(t) for t in (query_NHD, key_NKD, value_NKD))
         for row in ctx.rows.slices():
-            parts = (t[row] for t in (query_NHD, key_NKD, value_NKD, gradient_NHD))
-            dq_NHD[row], dk_NKD[row], dv_NKD[row] = _row_backward(*parts, ctx.sight)
+            dq_NHD[row], dk_NKD[row], dv_NKD[row] = _row_backward(
+                query_NHD[row], key_NKD[row], value_NKD[row], gradient_NHD[row], ctx.sight
+            )
         return dq_NHD, dk_NKD, dv_NKD, None, None
 
 
@@ -221,11 +217,12 @@ def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, si
     """Flash attention over variable lengths (arXiv:2307.08691), as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known, options = _varlen_parameters(), {}
+    known = _varlen_parameters()
+    options: dict[str, Any] = {}
     if "window_size" not in known and sight.window is not None:
         return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, 0.0)
     if "window_size" in known:
-        left = -1 if sight.window is None else sight.window - (1 if sight.causal else 0)
+        left = -1 if sight.window is None else sight.window - 1
         options["window_size"] = (left, 0 if sight.causal else left)
     else:
         options["is_causal"] = sight.causal
@@ -239,7 +236,8 @@ def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, si
         group = query_NHD.shape[1] // key_NKD.shape[1]
         key_NKD, value_NKD = (t.repeat_interleave(group, 1) for t in (key_NKD, value_NKD))
     bounds, longest = rows.bounds, rows.longest
-    return varlen_attn(query_NHD, key_NKD, value_NKD, bounds, bounds, longest, longest, **options)
+    out_NHD: Any = varlen_attn(query_NHD, key_NKD, value_NKD, bounds, bounds, longest, longest, **options)
+    return out_NHD
 
 
 def _row_by_row(

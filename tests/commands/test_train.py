@@ -315,9 +315,9 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_gives_others(see,
 def test_dropout_changes_a_run_from_its_second_step_and_never_its_evaluations(see):
     """B begins at 0, so the first loss does not see the dropout; the first gradient does."""
     without, with_dropout = see("without", **HELD_OUT), see("with", **HELD_OUT, **{"lora.lora_dropout": 0.5})
-    assert with_dropout.column("loss")[0] == without.column("loss")[0]
-    assert with_dropout.column("loss")[2] != without.column("loss")[2]
-    assert with_dropout.column("eval_loss")[0] == without.column("eval_loss")[0]
+    assert with_dropout.column("loss")[0] == pytest.approx(without.column("loss")[0], rel=1e-6)
+    assert abs(with_dropout.column("loss")[2] - without.column("loss")[2]) > 1e-4
+    assert with_dropout.column("eval_loss")[0] == pytest.approx(without.column("eval_loss")[0], rel=1e-6)
 
 
 def test_dropout_draws_from_a_stream_of_its_own(see, monkeypatch):
@@ -582,11 +582,11 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 
     train_step, calls = loop.train_step, []
 
-    def greedy(*arguments: Any) -> Any:
+    def greedy(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return train_step(*arguments)
+        return train_step(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", greedy)
