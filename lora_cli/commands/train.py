@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
@@ -22,8 +21,10 @@ from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare
 from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.errors import UsageError
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
@@ -148,7 +149,7 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrai
     initialise(adapters_of(model), recipe.lora.init_lora_weights, recipe.training.seed)
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, recipe.training.gradient_checkpointing)
     if recipe.training.torch_compile:
         compile_layers(model)
     return model
@@ -168,19 +169,9 @@ def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
         )
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
-
-
 def compile_layers(model: nn.Module) -> None:
     """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in layers or [model]:
+    for module in list(repeated_layers(model).values()) or [model]:
         module.compile(dynamic=True)
 
 

@@ -17,6 +17,7 @@ from lora_cli.recipe.types import (
     Cadence,
     CountOrFraction,
     Initialisation,
+    Recomputation,
     Split,
     StringList,
     Strings,
@@ -152,8 +153,11 @@ class TrainingSection(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's beta1")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's beta2")
     adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: Recomputation = Field(
+        False,
+        description="recompute activations in the backward pass, for less memory and more time: true (every layer), "
+        "selective (every second), or offload (every layer, and what waits for that does so in the host's memory: CUDA "
+        "only)",
     )
     torch_compile: bool = Field(False, description="compile the model with torch.compile")
     use_cpu: bool = Field(False, description="stay on the CPU; otherwise cuda, then mps, then cpu")

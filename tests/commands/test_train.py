@@ -259,7 +259,7 @@ TRIALS: dict[str, list[Trial]] = {
     "adam_beta1": [Trial(0.1, beta)],
     "adam_beta2": [Trial(0.1, beta)],
     "adam_epsilon": [Trial(1.0, adam_epsilon, ONE)],
-    "gradient_checkpointing": [Trial(True, gradient_checkpointing)],
+    "gradient_checkpointing": [Trial(True, gradient_checkpointing), Trial("selective", gradient_checkpointing)],
     "torch_compile": [Trial(True, torch_compile)],
     "use_cpu": [Trial(False, use_cpu)],
     "seed": [Trial(43, seed)],

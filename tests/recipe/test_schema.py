@@ -87,7 +87,12 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "training.adam_beta1": ("0", 0.0, "1.0", "must be less than 1"),
     "training.adam_beta2": ("0.95", 0.95, "-0.1", "must be 0 or more"),
     "training.adam_epsilon": ("1e-6", 1e-6, "0.0", POSITIVE),
-    "training.gradient_checkpointing": ("true", True, "x", YES_NO),
+    "training.gradient_checkpointing": (
+        "selective",
+        "selective",
+        "selectiv",
+        "must be true, false, selective or offload, not selectiv",
+    ),
     "training.torch_compile": ("true", True, "x", YES_NO),
     "training.use_cpu": ("true", True, "1", "must be true or false, not 1"),
     "training.seed": ("9223372036854775807", 2**63 - 1, "9223372036854775808", f"must be less than {2**63}"),
