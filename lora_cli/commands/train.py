@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
@@ -89,6 +90,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         with memory_errors(LOADING_CURE):
             model = build_model(plan, base, remote_code=remote_code)
             network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+            network = cached(network, plan.recipe, [*plan.dataset.train, *plan.dataset.eval], plan.pad_id, output.root)
             optimizer = FlatAdamW(model, plan.recipe.training)
         torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
         if found:

@@ -11,6 +11,7 @@ from lora_cli.adapters.injection import Target, attach, find_saved, find_targets
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.recompute import refuses
+from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
@@ -74,6 +75,11 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     ):
         cure = "write true" if model.skeleton.supports_gradient_checkpointing else "remove it"
         mistakes.append(Mistake(("training", "gradient_checkpointing"), reason, cure))
+    if recipe.training.cache_frozen_layers != "none":
+        try:
+            skippable(model.skeleton)
+        except RecipeError as error:
+            mistakes += error.mistakes
     if model.config.is_encoder_decoder:
         message = f"is an encoder-decoder ({model.config.model_type}), which this tool does not train"
         mistakes.append(Mistake(("model", "path"), message))

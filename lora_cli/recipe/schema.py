@@ -159,6 +159,11 @@ class TrainingSection(Section):
         "selective (every second), or offload (every layer, and what waits for that does so in the host's memory: CUDA "
         "only)",
     )
+    cache_frozen_layers: Literal["none", "memory", "disk"] = Field(
+        "none",
+        description="run the layers below everything that is trained once a row instead of once an epoch, and keep "
+        "what they give in memory or on disk (in output_dir, while the run lasts)",
+    )
     torch_compile: bool = Field(False, description="compile the model with torch.compile")
     use_cpu: bool = Field(False, description="stay on the CPU; otherwise cuda, then mps, then cpu")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
