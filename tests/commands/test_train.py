@@ -23,6 +23,7 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.commands import plan as plan_module
 from lora_cli.commands import train as train_command
 from lora_cli.commands.train import Outcome, train
+from lora_cli.fusion.frozen import FrozenLayers
 from lora_cli.recipe import TrainingSection, load_recipe
 from lora_cli.report.training import Silence
 from lora_cli.training import run as run_module
@@ -37,6 +38,7 @@ class Seen(Silence):
     saves: list[int] = field(default_factory=list)
     eval_batches: list[int] = field(default_factory=list)
     forwards: int = 0  # of one adapted layer, with gradients
+    groups: list[int] = field(default_factory=list)  # rows that frozen layers were run on
     compiled: list[dict[str, Any]] = field(default_factory=list)
     asked_for_cpu: list[bool] = field(default_factory=list)
     outcome: Outcome = None  # type: ignore[assignment]
@@ -75,10 +77,15 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
     def go(name: str = "run", script: list[dict[str, float]] | None = None, **changes: Any) -> Seen:
         seen = Seen()
         layer_forward, choose_device = LoRALinear.forward, plan_module.choose_device
+        compute = FrozenLayers._compute
 
         def forward(layer: LoRALinear, x: Tensor) -> Tensor:
             seen.forwards += layer.training and layer.base.out_features == 48  # gate and up of two layers
             return layer_forward(layer, x)
+
+        def computing(frozen: FrozenLayers, group: list[Any], *arguments: Any) -> None:
+            seen.groups.append(len(group))
+            compute(frozen, group, *arguments)
 
         def choose(use_cpu: bool) -> torch.device:
             seen.asked_for_cpu.append(use_cpu)
@@ -86,6 +93,7 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
 
         with monkeypatch.context() as patch:
             patch.setattr(LoRALinear, "forward", forward)
+            patch.setattr(FrozenLayers, "_compute", computing)
             patch.setattr(nn.Module, "compile", lambda module, **options: seen.compiled.append(options))
             patch.setattr(plan_module, "choose_device", choose)
             if script:
@@ -177,6 +185,13 @@ def gradient_checkpointing(before: Seen, after: Seen) -> None:
     assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
 
 
+def cache_frozen_layers(before: Seen, after: Seen) -> None:
+    """Beside the three rows of the proof, each group of four rows once in three epochs."""
+    assert before.groups == []
+    assert after.groups == [3, *[4] * 6]
+    assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
+
+
 def torch_compile(before: Seen, after: Seen) -> None:
     assert before.compiled == []
     assert after.compiled == [{"dynamic": True}] * 2, "each of the two layers"
@@ -260,6 +275,10 @@ TRIALS: dict[str, list[Trial]] = {
     "adam_beta2": [Trial(0.1, beta)],
     "adam_epsilon": [Trial(1.0, adam_epsilon, ONE)],
     "gradient_checkpointing": [Trial(True, gradient_checkpointing), Trial("selective", gradient_checkpointing)],
+    "cache_frozen_layers": [
+        Trial(where, cache_frozen_layers, {"max_steps": 18, "lora.layers_to_transform": [1]})
+        for where in ("memory", "disk")
+    ],
     "torch_compile": [Trial(True, torch_compile)],
     "use_cpu": [Trial(False, use_cpu)],
     "seed": [Trial(43, seed)],
