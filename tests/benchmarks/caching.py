@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--only", nargs=2, metavar=("WHERE", "BASE"), help="one run, its figures as JSON")
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(epochs(Path(arguments.only[1]), arguments.only[0])))  # noqa: T201
+        sys.stdout.write(json.dumps(epochs(Path(arguments.only[1]), arguments.only[0])) + "\n")
         return
     results: dict[str, list[dict[str, Any]]] = {"none": [], "memory": [], "disk": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,9 +94,8 @@ def main() -> None:
             speeds = [result["speeds"][epoch] for result in found]
             shown.append(f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})")
         memory = statistics.median(result["memory"] for result in found) / 1e9
-        print(
-            f"{where:<8}tokens/s by epoch: {', '.join(shown)}; peak {memory:.2f} GB; last loss {found[0]['loss']:.6f}"
-        )  # noqa: T201
+        sys.stdout.write(f"{where:<8}tokens/s by epoch: {', '.join(shown)}; ")
+        sys.stdout.write(f"peak {memory:.2f} GB; last loss {found[0]['loss']:.6f}\n")
 
 
 if __name__ == "__main__":
