@@ -76,7 +76,7 @@ def located(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
+def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, processes: int = 1) -> Plan:
     """Read configuration, tokenizer and rows; find targets; count. Raises what is wrong with any of them."""
     with located(loaded), quiet():
         recipe, problems = loaded.recipe, Problems()
@@ -104,7 +104,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
         _check_ids(dataset, model.skeleton, loaded)
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
-        steps, total, warmup = _schedule(recipe, len(dataset.train))
+        steps, total, warmup = _schedule(recipe, len(dataset.train), processes)
         plan = Plan(
             loaded,
             model,
@@ -117,7 +117,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
             device,
             choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full"),
             disk_bytes(model.counted, recipe),
-            _notes(loaded, config, dataset),
+            [*_notes(loaded, config, dataset), *_process_notes(recipe, processes)],
         )
         _check_disk(plan)
         return plan
@@ -203,14 +203,19 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _schedule(recipe: Recipe, num_rows: int) -> tuple[StepPlan, int, int]:
+def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, int, int]:
     training = recipe.training
+    if training.global_batch_size is not None and training.global_batch_size < processes:
+        message = f"{training.global_batch_size} rows a step leave some of {processes} processes without any"
+        raise RecipeError([Mistake(("training", "global_batch_size"), message, "use fewer processes")])
     steps = StepPlan(
         num_rows,
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         training.seed,
         recipe.dataset.shuffle,
+        processes,
+        training.global_batch_size,
     )
     total = training.max_steps or max(1, steps_in(float(training.num_train_epochs), steps.steps_per_epoch))
     warmup = steps_in(training.warmup_steps, total)
@@ -263,3 +268,9 @@ def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> 
         ]
         notes += [f"training.{key} has no effect without evaluation rows" for key in idle]
     return notes
+
+
+def _process_notes(recipe: Recipe, processes: int) -> list[str]:
+    if recipe.training.strategy == "fsdp" and processes == 1:
+        return ["training.strategy: fsdp shards nothing in a single process"]
+    return []

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
 from lora_cli.errors import Mistake, RecipeError
+from lora_cli.fusion.sharding import decoder_layers
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
@@ -70,6 +71,10 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     if recipe.training.gradient_checkpointing and not model.skeleton.supports_gradient_checkpointing:
         path = ("training", "gradient_checkpointing")
         mistakes.append(Mistake(path, f"is not supported by {model.config.model_type} models", "remove it"))
+    if recipe.training.strategy == "fsdp" and not decoder_layers(model.skeleton):
+        path = ("training", "strategy")
+        message = f"fsdp shards decoder layers, and transformers marks none in {model.config.model_type} models"
+        mistakes.append(Mistake(path, message, "use ddp"))
     if model.config.is_encoder_decoder:
         message = f"is an encoder-decoder ({model.config.model_type}), which this tool does not train"
         mistakes.append(Mistake(("model", "path"), message))

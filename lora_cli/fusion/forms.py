@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.fusion.attention import ROWS_KEYWORD
+from lora_cli.fusion.sharding import gathered
 from lora_cli.ops.attention import Sight, attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
@@ -139,6 +140,7 @@ class Calls:
     """Notes the modules' calls during one forward pass: what each was given and what it gave."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
         clean = [module for module in model.modules() if not has_hooks(module)]
         self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
@@ -154,7 +156,8 @@ class Calls:
         """The first form of each module that gives what the module gave."""
         proven = {}
         for module, (args, kwargs, output) in self._notes.items():
-            form = next((form for form in forms_of(module, sights) if _agrees(form, args, kwargs, output)), None)
+            with gathered(self._model, module):
+                form = next((form for form in forms_of(module, sights) if _agrees(form, args, kwargs, output)), None)
             if form is not None:
                 proven[module] = form
         return proven

@@ -29,6 +29,7 @@ class Network:
     layout: Layout = PADDED  # end to end where the model was shown to keep such rows apart
     first_position: int = 0  # RoBERTa counts from 2
     head: Head | None = None  # the output head as a formula, where it was shown to be one
+    sharded: bool = False  # its layers lie in pieces, and a forward pass is one of all processes together
     notes: tuple[str, ...] = field(default=())
 
     @property
