@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
@@ -23,7 +21,7 @@ from lora_cli.commands.trainable import prepare
 from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.errors import UsageError
 from lora_cli.fusion.network import Network
-from lora_cli.fusion.proof import build_network
+from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
@@ -44,6 +42,8 @@ class TrainObserver(Observer, Protocol):
     """A run's observer that is also told of its beginning."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def network(self, network: Network) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         # 3. the model, and the weights of the checkpoint
         with memory_errors(LOADING_CURE):
             model = build_model(plan, base, remote_code=remote_code)
-            network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+            build = build_compiled_network if plan.recipe.training.torch_compile else build_network
+            network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+            observer.network(network)
             optimizer = FlatAdamW(model, plan.recipe.training)
         torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
         if found:
@@ -149,8 +151,6 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrai
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
-    if recipe.training.torch_compile:
-        compile_layers(model)
     return model
 
 
@@ -175,13 +175,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(options)
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in layers or [model]:
-        module.compile(dynamic=True)
 
 
 def build_run(

@@ -155,7 +155,9 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
-    torch_compile: bool = Field(False, description="compile the model with torch.compile")
+    torch_compile: bool = Field(
+        False, description="compile element-wise work (or the layers of a model without fused forms); always on CUDA"
+    )
     use_cpu: bool = Field(False, description="stay on the CPU; otherwise cuda, then mps, then cpu")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         42, description="one seed; data order, initialisation and dropout draw from streams of their own"

@@ -151,13 +151,17 @@ def test_rows_end_to_end_hold_the_same_targets_without_padding():
 
 
 def test_a_line_is_filled_up_with_a_row_that_counts_for_nothing():
-    rows = [example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")]
-    batch = collate(rows, 3, Layout(end_to_end=True, multiple=4))
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 3, 3]]
-    assert batch.rows.lengths == (3, 2, 3)
-    assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (2, 5, 3)
+    rows, layout = rows_of_lengths(20, 18), Layout(end_to_end=True, multiple=3)
+    batch = collate(rows, 3, layout)
+    assert batch.input_ids[0, 38:].tolist() == [3]
+    assert batch.rows.lengths == (20, 18, 1)
+    assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (2, 38, 2)
     assert target_of(batch) == target_of(collate(rows, 3))
-    assert collate(rows[:1], 3, Layout(end_to_end=True, multiple=3)).rows.lengths == (3,), "nothing to fill"
+
+
+def test_a_line_that_is_short_or_round_is_left_as_it_is():
+    assert [Layout(end_to_end=True, multiple=48).filling(n) for n in (1, 479, 480, 481, 1000)] == [0, 0, 0, 47, 8]
+    assert Layout(end_to_end=False, multiple=48).filling(481) == 0
 
 
 def test_a_target_that_is_the_pad_id_stays_a_target():
