@@ -13,7 +13,7 @@ from lora_cli.ops import attention
 from lora_cli.ops.attention import Sight, attend_rows
 from lora_cli.ops.rows import Rows
 
-LENGTHS = [5, 70, 1, 130, 33]
+LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 SIGHTS = [
     Sight(0.3, causal, window, softcap)
@@ -103,6 +103,17 @@ def test_no_row_sees_another_bit_for_bit():
     assert torch.equal(before[:5], after[:5])
     assert torch.equal(before[75:], after[75:])
     assert not torch.equal(before[5:75], after[5:75])
+
+
+def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
+    lengths = tuple(LENGTHS)
+    together = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3))
+    assert [group.lengths for _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
+    assert [some.stop for some, _ in together] == [5, 75, 79, 209, 282]
+    alone = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
+    assert [group.lengths for _, group in alone] == [(length,) for length in lengths]
+    many = attention._groups((60,) * 40, HEADS, KV_HEADS, Sight(0.3))
+    assert max(len(group.lengths) for _, group in many) == 2**19 // (HEADS * 64 * 64)
 
 
 def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():
