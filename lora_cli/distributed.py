@@ -181,7 +181,7 @@ def _world_of(variables: Any) -> World:
     return World(rank, size, local)
 
 
-def _meet(world: World) -> dist.Store:
+def _meet(world: World) -> Any:
     """Texts and figures travel by gloo, what lies on GPUs by NCCL."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -196,7 +196,7 @@ def _meet(world: World) -> dist.Store:
     return store
 
 
-def _watch(store: dist.Store, done: threading.Event) -> None:
+def _watch(store: Any, done: threading.Event) -> None:
     """Leave when another process has ended: the main thread may wait for it in a kernel that never returns."""
     while not done.wait(WATCH_SECONDS):
         code = _ended(store)
@@ -204,7 +204,7 @@ def _watch(store: dist.Store, done: threading.Event) -> None:
             os._exit(code)
 
 
-def _ended(store: dist.Store, seconds: float = 0.0) -> int:
+def _ended(store: Any, seconds: float = 0.0) -> int:
     """The exit code of a process that ended by itself; 0 where none does so within these seconds."""
     last = time.monotonic() + seconds
     try:
@@ -217,7 +217,7 @@ def _ended(store: dist.Store, seconds: float = 0.0) -> int:
         return 0
 
 
-def _parting(error: BaseException, world: World, store: dist.Store) -> BaseException:
+def _parting(error: BaseException, world: World, store: Any) -> BaseException:
     """What to raise at the end of a run that failed, once the others know."""
     if isinstance(error, ToldElsewhere):
         _wait_until_told(store)
@@ -235,7 +235,7 @@ def _parting(error: BaseException, world: World, store: dist.Store) -> BaseExcep
     return world.named(error)
 
 
-def _wait_until_told(store: dist.Store) -> None:
+def _wait_until_told(store: Any) -> None:
     """Give the process that tells the error time to do so: torchrun ends it when the first one leaves."""
     try:
         store.wait([TOLD], timedelta(seconds=TELL_SECONDS))
@@ -243,6 +243,6 @@ def _wait_until_told(store: dist.Store) -> None:
         return
 
 
-def _say(store: dist.Store, key: str, value: str) -> None:
+def _say(store: Any, key: str, value: str) -> None:
     with suppress(RuntimeError):  # whoever hosted the store is gone, and needs no word
         store.set(key, value)

@@ -55,9 +55,9 @@ def _child(folder: str, arguments: list[str], pause: float, encoding: str, deaf:
 
     train_step = loop.train_step
 
-    def slow(*anything: Any, **named: Any) -> Any:
+    def slow(*anything: Any, **more: Any) -> Any:
         time.sleep(pause)
-        return train_step(*anything, **named)
+        return train_step(*anything, **more)
 
     loop.train_step = slow
     sys.argv = ["lora", *arguments]

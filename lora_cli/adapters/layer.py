@@ -6,6 +6,7 @@ Shape suffixes: I in_features, O out_features, R rank; `...` any leading dimensi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,11 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x_I: Tensor) -> Tensor:
-        if not isinstance(self.dropout, nn.Identity) or self.base.weight.requires_grad:
-            z_R = F.linear(self.dropout(x_I), self.lora_A.to(x_I.dtype))
-            return self.base(x_I) + self.scaling * F.linear(z_R, self.lora_B.to(x_I.dtype))
-        return low_rank_linear(x_I, [self.projection()])[0]
-
-    def projection(self) -> Projection:
-        """The layer as arithmetic."""
-        weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        return Projection(weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
+        projection = projection_of(self)
+        if projection is not None:
+            return low_rank_linear(x_I, [projection])[0]
+        z_R = F.linear(self.dropout(x_I), self.lora_A.to(x_I.dtype))
+        return self.base(x_I) + self.scaling * F.linear(z_R, self.lora_B.to(x_I.dtype))
 
     @property
     def r(self) -> int:
@@ -72,6 +69,27 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else takes part in a call of this module: its weight alone does not say what it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """A frozen linear layer, with or without an adapter, as arithmetic; None where a call of it is more than that."""
+    adapter = module if isinstance(module, LoRALinear) else None
+    base: Any = module if adapter is None else adapter.base
+    if type(base) not in LINEAR_TYPES or has_hooks(module) or has_hooks(base):
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    weight_OI = base.weight.T if isinstance(base, Conv1D) else base.weight
+    if adapter is None:
+        return Projection(weight_OI, base.bias)
+    if not isinstance(adapter.dropout, nn.Identity):
+        return None
+    return Projection(weight_OI, base.bias, adapter.lora_A, adapter.lora_B, adapter.scaling)
 
 
 def fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, transposed: bool) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.files import load_trained
@@ -24,8 +23,8 @@ from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import UsageError
 from lora_cli.fusion.network import Network
-from lora_cli.fusion.proof import build_network
-from lora_cli.fusion.sharding import decoder_layers, shard_layers
+from lora_cli.fusion.proof import build_compiled_network, build_network
+from lora_cli.fusion.sharding import shard_layers
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
@@ -46,6 +45,8 @@ class TrainObserver(Observer, Protocol):
     """A run's observer that is also told of its beginning."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def network(self, network: Network) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def train(
         with world.together(), memory_errors(LOADING_CURE):
             model = build_model(plan, standing.base, remote_code=remote_code, world=world)
         with memory_errors(LOADING_CURE):
-            network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
-            network = replace(network, sharded=is_sharded(plan, world))
+            network = choose_network(model, plan, world)
+            observer.network(network)
             optimizer = FlatAdamW(model, plan.recipe.training)
         seed_dropout(plan, standing.state, world)
         if world.tell(standing.checkpoint is not None):
@@ -247,9 +248,16 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False, world: Wor
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model)
-    if recipe.training.torch_compile:
-        compile_layers(model)
     return model
+
+
+def choose_network(model: PreTrainedModel, plan: Plan, world: World) -> Network:
+    """The fastest way to run the model that is shown to be right on it."""
+    build = build_compiled_network if plan.recipe.training.torch_compile else build_network
+    sharded = is_sharded(plan, world)
+    with nullcontext() if sharded else world.together():  # sharded, one that fails is missed by the others at once
+        network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+    return replace(network, sharded=sharded)
 
 
 def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
@@ -273,12 +281,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(options)
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected."""
-    for module in decoder_layers(model) or [model]:
-        module.compile(dynamic=True)
 
 
 def build_run(

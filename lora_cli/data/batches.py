@@ -29,11 +29,15 @@ class Layout:
     """How the rows of a batch lie: side by side and padded on the right, or end to end in a single line.
 
     A line's length is filled up to a ``multiple`` with a row of padding that nothing looks at, where matrix
-    products of odd sizes are slow.
+    products of odd sizes are slow; a short line is left as it is.
     """
 
     end_to_end: bool = False
     multiple: int = 1
+
+    def filling(self, tokens: int) -> int:
+        """How many tokens of padding a line of so many real ones gets: a tenth at most."""
+        return -tokens % self.multiple if self.end_to_end and tokens >= 10 * self.multiple else 0
 
 
 PADDED = Layout()
@@ -98,7 +102,7 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
     lengths = [len(example.input_ids) for example in examples]
     longest = 0 if layout.end_to_end else max(lengths)
     starts = [0, *accumulate(longest or length for length in lengths)]
-    filling = -starts[-1] % layout.multiple if layout.end_to_end else 0
+    filling = layout.filling(starts[-1])
     ids = np.full(starts[-1] + filling, pad_id, dtype=np.int64)
     places, targets = [], []
     for example, start in zip(examples, starts, strict=False):

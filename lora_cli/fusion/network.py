@@ -28,9 +28,11 @@ class Network:
     model: PreTrainedModel
     layout: Layout = PADDED  # end to end where the model was shown to keep such rows apart
     first_position: int = 0  # RoBERTa counts from 2
+    own_attention: str = "sdpa"  # the attention that the model would use by itself
     head: Head | None = None  # the output head as a formula, where it was shown to be one
     sharded: bool = False  # its layers lie in pieces, and a forward pass is one of all processes together
-    notes: tuple[str, ...] = field(default=())
+    forms: dict[str, int] = field(default_factory=dict)  # fused forms by kind, where modules were shown to have them
+    notes: tuple[str, ...] = ()  # why something slower is used
 
     @property
     def end_to_end(self) -> bool:
@@ -93,7 +95,7 @@ def extra_inputs(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Any]:
     """
     known = inspect.signature(model.base_model.forward).parameters
     extra: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    if "token_type_ids" in known and getattr(model.config, "type_vocab_size", 0):
+    if "token_type_ids" in known and getattr(model.config, "type_vocab_size", None):
         extra["token_type_ids"] = torch.zeros_like(input_ids)
     return extra
 
@@ -105,24 +107,15 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def unpacked_for_head(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
-    """While it lasts, what leaves the base, and what enters its pooler, is side by side again.
-
-    A classifier's head looks a row's first token up by the row's number.
-    """
-
-    def unpack(hidden_1ND: Tensor) -> Tensor:
-        return pad_rows(hidden_1ND[0], batch.rows, batch.num_rows)
+    """While it lasts, what leaves the encoder is side by side again: heads look rows up by their numbers."""
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        output["last_hidden_state"] = unpack(output["last_hidden_state"])
+        output["last_hidden_state"] = pad_rows(output["last_hidden_state"][0], batch.rows, batch.num_rows)
         return output
 
-    handles = [model.base_model.register_forward_hook(after)]
-    pooler = getattr(model.base_model, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        handles.append(pooler.register_forward_pre_hook(lambda module, args: (unpack(args[0]), *args[1:])))
+    encoder = getattr(model.base_model, "encoder", model.base_model)  # ahead of the base's own pooler, if it has one
+    handle = encoder.register_forward_hook(after)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

@@ -6,8 +6,8 @@ Scores are float32 whatever the inputs are. Three ways, chosen by ``attend_rows`
 variable lengths; on the CPU blocks of queries as batched matrix products, which keep no probabilities for the
 backward pass; and row by row with torch's own kernel for what those two cannot do (dropout, float32 on CUDA).
 
-Shape suffixes: N tokens of all rows, H query heads, K key-value heads, G = H / K, D head size; inside one
-row T its tokens, and Q a block of its queries times G.
+Shape suffixes: N tokens of all rows, H query heads, K key-value heads, G = H / K, D head size; inside the blocked
+way R rows that are computed together, S = R K, T their tokens with padding, Q a block of queries times G.
 """
 
 from __future__ import annotations
@@ -39,31 +39,26 @@ class Sight:
 
     scaling: float
     causal: bool = True
-    window: int | None = None  # causal: itself and the window - 1 before it; else up to this far to both sides
+    window: int | None = None  # it sees tokens less than this far away, itself among them
     softcap: float | None = None  # scores become softcap * tanh(score / softcap): Gemma 2, arXiv:2408.00118
 
     def hidden(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """(queries, keys) bool: True where a query does not see a key; None where each sees all of them."""
         last, first = queries.stop - 1 - keys.start, queries.start - (keys.stop - 1)  # the extreme distances
         ahead = self.causal and first < 0
-        far = self.window is not None and (last >= self.window + (not self.causal) or -first > self.window)
+        far = self.window is not None and max(last, -first) >= self.window
         if not ahead and not far:
             return None
         query_positions, key_positions = (torch.arange(s.start, s.stop, device=device) for s in (queries, keys))
         distance = query_positions[:, None] - key_positions
-        if not self.causal:
-            return distance.abs() > self.window
-        return distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
+        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        return hidden if self.window is None else hidden | (distance.abs() >= self.window)
 
     def keys_of(self, queries: slice, length: int) -> slice:
         """The stretch of keys that some of these queries may see."""
-        first = 0
-        if self.window is not None:
-            first = max(0, queries.start - self.window + (1 if self.causal else 0))
-        last = queries.stop if self.causal else length
-        if self.window is not None and not self.causal:
-            last = min(length, queries.stop + self.window)
-        return slice(first, last)
+        reach = length if self.window is None else self.window - 1
+        last = queries.stop if self.causal else min(length, queries.stop + reach)
+        return slice(max(0, queries.start - reach), last)
 
 
 def attend_rows(
@@ -81,8 +76,8 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
         out_NHD = query_NHD.new_empty(*query_NHD.shape[:2], value_NKD.shape[2])
-        for row in rows.slices():
-            out_NHD[row] = _row_forward(query_NHD[row], key_NKD[row], value_NKD[row], sight)
+        for some, group in _groups(rows.lengths, query_NHD.shape[1], key_NKD.shape[1], sight):
+            out_NHD[some] = _forward(query_NHD[some], key_NKD[some], value_NKD[some], group)
         ctx.rows, ctx.sight = rows, sight
         ctx.save_for_backward(query_NHD, key_NKD, value_NKD)
         return out_NHD
@@ -92,121 +87,158 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient_NHD: Tensor) -> tuple[Any, ...]:
         query_NHD, key_NKD, value_NKD = ctx.saved_tensors
         dq_NHD, dk_NKD, dv_NKD = (torch.empty_like(t) for t in (query_NHD, key_NKD, value_NKD))
-        for row in ctx.rows.slices():
-            parts = (t[row] for t in (query_NHD, key_NKD, value_NKD, gradient_NHD))
-            dq_NHD[row], dk_NKD[row], dv_NKD[row] = _row_backward(*parts, ctx.sight)
+        for some, group in _groups(ctx.rows.lengths, query_NHD.shape[1], key_NKD.shape[1], ctx.sight):
+            dq_NHD[some], dk_NKD[some], dv_NKD[some] = _backward(
+                query_NHD[some], key_NKD[some], value_NKD[some], gradient_NHD[some], group
+            )
         return dq_NHD, dk_NKD, dv_NKD, None, None
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One row's queries, keys and values, heads first and padded with zeros to a length that products like."""
+class _Group:
+    """Neighbouring rows that are padded to one length inside, so that they share their products.
 
-    length: int
+    A tensor "heads first" is (S * K, T * G, D): for each of the S rows and each key head one matrix, with the
+    queries of all heads that share this key head, padded with zeros to a length that products like.
+    """
+
+    lengths: tuple[int, ...]
     padded: int
-    group: int  # query heads that share a key head
+    heads: int
+    kv_heads: int
     sight: Sight
+    places: Tensor  # (N,) int64: where the rows' tokens lie among S * T
 
-    @staticmethod
-    def of(q_THD: Tensor, k_TKD: Tensor, sight: Sight) -> _Row:
-        length = len(q_THD)
-        return _Row(length, -(-length // KEY_MULTIPLE) * KEY_MULTIPLE, q_THD.shape[1] // k_TKD.shape[1], sight)
+    def heads_first(self, x_NHD: Tensor) -> Tensor:
+        heads, size = x_NHD.shape[1:]
+        shape = (self.kv_heads, heads // self.kv_heads, size)
+        if len(self.lengths) == 1:
+            out_KTGD = x_NHD.new_zeros(self.kv_heads, self.padded, *shape[1:])
+            out_KTGD[:, : len(x_NHD)] = x_NHD.view(-1, *shape).transpose(0, 1)
+            return out_KTGD.flatten(1, 2)
+        out_MHD = x_NHD.new_zeros(len(self.lengths) * self.padded, heads, size)
+        out_MHD.index_copy_(0, self.places, x_NHD)
+        return out_MHD.view(-1, self.padded, *shape).transpose(1, 2).reshape(-1, self.padded * shape[1], size)
 
-    def heads_first(self, x_THD: Tensor, group: int = 1) -> Tensor:
-        """(T, H, D) -> (K, T * G, D): the queries that share a key head in one matrix."""
-        length, heads, size = x_THD.shape
-        out = x_THD.new_zeros(heads // group, self.padded, group, size)
-        out[:, :length] = x_THD.view(length, heads // group, group, size).transpose(0, 1)
-        return out.flatten(1, 2)
-
-    def tokens_first(self, x_KQD: Tensor) -> Tensor:
+    def tokens_first(self, x_SQD: Tensor) -> Tensor:
         """The inverse of ``heads_first``."""
-        kv_heads, queries, size = x_KQD.shape
-        x_KTGD = x_KQD.view(kv_heads, self.padded, queries // self.padded, size)[:, : self.length]
-        return x_KTGD.transpose(0, 1).flatten(1, 2)
+        group, size = x_SQD.shape[1] // self.padded, x_SQD.shape[2]
+        x_RTKGD = x_SQD.view(len(self.lengths), self.kv_heads, self.padded, group, size).transpose(1, 2)
+        if len(self.lengths) == 1:
+            return x_RTKGD[0, : self.lengths[0]].flatten(1, 2)
+        return x_RTKGD.reshape(-1, self.kv_heads * group, size).index_select(0, self.places)
 
-    def blocks(self, heads: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice]]:
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice]]:
         """Queries in stretches whose scores fit into the cache: (queries, queries times G, the keys they see)."""
-        size = min(BLOCK_QUERIES.get(dtype, 128), BLOCK_SCORES // (heads * self.padded))
+        size = min(BLOCK_QUERIES.get(dtype, 128), BLOCK_SCORES // (len(self.lengths) * self.heads * self.padded))
         size = max(KEY_MULTIPLE, size // KEY_MULTIPLE * KEY_MULTIPLE)
+        group = self.heads // self.kv_heads
         for start in range(0, self.padded, size):
             end = min(self.padded, start + size)
-            yield (
-                slice(start, end),
-                slice(start * self.group, end * self.group),
-                self.sight.keys_of(slice(start, end), self.padded),
-            )
+            keys = self.sight.keys_of(slice(start, end), self.padded)
+            yield slice(start, end), slice(start * group, end * group), keys
 
-    def scores(self, q_KQD: Tensor, k_KTD: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-        """(K, Q, keys) float32, masked; and the tanh of the capped scores where there is a cap."""
-        scores_KQT = torch.bmm(wide(q_KQD), wide(k_KTD).transpose(1, 2))
-        tanh_KQT = None
+    def scores(self, q_SQD: Tensor, k_STD: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+        """(S * K, Q, keys) float32, masked; and the tanh of the capped scores where there is a cap."""
+        scores_SQT = torch.bmm(wide(q_SQD), wide(k_STD).transpose(1, 2))
+        tanh_SQT = None
         if self.sight.softcap is not None:
-            tanh_KQT = scores_KQT.div_(self.sight.softcap).tanh_()
-            scores_KQT = tanh_KQT * self.sight.softcap
+            tanh_SQT = scores_SQT.div_(self.sight.softcap).tanh_()
+            scores_SQT = tanh_SQT * self.sight.softcap
         # of a causal block without a window only its own columns differ, and alike in every block
         first = queries.start if self.sight.causal and self.sight.window is None else keys.start
-        length = None if self.sight.causal else self.length - first
-        bias_QT = _bias(
-            self.sight, queries.start - first, queries.stop - first, keys.stop - first, length, self.group, q_KQD.device
-        )
-        if bias_QT is not None:
-            scores_KQT[..., first - keys.start :].add_(bias_QT)
-        return scores_KQT, tanh_KQT
+        lengths = None if self.sight.causal else tuple(length - first for length in self.lengths)
+        group, stretch = self.heads // self.kv_heads, (queries.start - first, queries.stop - first, keys.stop - first)
+        bias_RQT = _bias(self.sight, *stretch, lengths, group, q_SQD.device)
+        if bias_RQT is not None:
+            by_row = scores_SQT.view(len(self.lengths), self.kv_heads, *scores_SQT.shape[1:])
+            by_row[..., first - keys.start :].add_(bias_RQT[:, None])
+        return scores_SQT, tanh_SQT
+
+
+@lru_cache(maxsize=8)  # the same in every layer
+def _groups(lengths: tuple[int, ...], heads: int, kv_heads: int, sight: Sight) -> list[tuple[slice, _Group]]:
+    """Every row in one group, with the tokens that the group holds."""
+    together: list[list[int]] = []
+    for length in lengths:
+        group = together[-1] if together else []
+        padded = _padded(length)
+        alone = sight.window is not None and not sight.causal  # padding would see nothing at all
+        fits = (len(group) + 1) * heads * padded * min(padded, 64) <= BLOCK_SCORES
+        if group and _padded(group[0]) == padded and fits and not alone:
+            group.append(length)
+        else:
+            together.append([length])
+    found, start = [], 0
+    for group in together:
+        padded, end = _padded(group[0]), start + sum(group)
+        places = torch.cat([torch.arange(length) + number * padded for number, length in enumerate(group)])
+        found.append((slice(start, end), _Group(tuple(group), padded, heads, kv_heads, sight, places)))
+        start = end
+    return found
+
+
+def _padded(length: int) -> int:
+    return -(-length // KEY_MULTIPLE) * KEY_MULTIPLE
 
 
 @lru_cache(maxsize=64)  # the same few blocks in every layer
 def _bias(
-    sight: Sight, first: int, last: int, keys: int, length: int | None, group: int, device: torch.device
+    sight: Sight, first: int, last: int, keys: int, lengths: tuple[int, ...] | None, group: int, device: torch.device
 ) -> Tensor | None:
-    """(Q, keys): minus infinity where a query does not see a key, or the key is padding; None where there is none."""
+    """(1 or rows, Q, keys): minus infinity where a query does not see a key, or the key is padding; None if nowhere.
+
+    ``lengths`` are given where a query may see what comes after it, and so padding.
+    """
     hidden = sight.hidden(slice(first, last), slice(0, keys), device)
-    if length is not None and length < keys:
-        padding = (torch.arange(keys, device=device) >= length).expand(last - first, keys)
-        hidden = padding if hidden is None else hidden | padding
-        hidden = hidden & (torch.arange(first, last, device=device) < length)[:, None]  # padding sees all: no NaN
-    if hidden is None:
+    if lengths is not None and min(lengths) < keys:
+        ends = torch.tensor(lengths, device=device)[:, None, None]
+        hidden_RQT = (torch.arange(keys, device=device) >= ends).expand(-1, last - first, -1)
+        hidden_RQT = hidden_RQT if hidden is None else hidden_RQT | hidden
+        # padding among the queries sees all: without anything to see, it would be NaN
+        hidden_RQT = hidden_RQT & (torch.arange(first, last, device=device)[:, None] < ends)
+    elif hidden is not None:
+        hidden_RQT = hidden[None]
+    else:
         return None
-    return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, INFINITE).repeat_interleave(group, 0)
+    return torch.zeros(hidden_RQT.shape, device=device).masked_fill_(hidden_RQT, INFINITE).repeat_interleave(group, 1)
 
 
-def _row_forward(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, sight: Sight) -> Tensor:
-    row = _Row.of(q_THD, k_TKD, sight)
-    q_KQD = row.heads_first(q_THD * sight.scaling, row.group)
-    k_KTD, v_KTD = row.heads_first(k_TKD), row.heads_first(v_TKD)
+def _forward(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, group: _Group) -> Tensor:
+    q_SQD = group.heads_first(q_NHD * group.sight.scaling)
+    k_STD, v_STD = group.heads_first(k_NKD), group.heads_first(v_NKD)
     outputs = []
-    for queries, grouped, keys in row.blocks(q_THD.shape[1], q_THD.dtype):
-        scores_KQT, _ = row.scores(q_KQD[:, grouped], k_KTD[:, keys], queries, keys)
-        p_KQT = torch.softmax(scores_KQT, -1).to(v_KTD.dtype)
-        outputs.append(torch.bmm(p_KQT, v_KTD[:, keys]))
-    return row.tokens_first(torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0])
+    for queries, grouped, keys in group.blocks(q_NHD.dtype):
+        scores_SQT, _ = group.scores(q_SQD[:, grouped], k_STD[:, keys], queries, keys)
+        p_SQT = torch.softmax(scores_SQT, -1).to(v_STD.dtype)
+        outputs.append(torch.bmm(p_SQT, v_STD[:, keys]))
+    return group.tokens_first(torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0])
 
 
-def _row_backward(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, do_THD: Tensor, sight: Sight
+def _backward(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, do_NHD: Tensor, group: _Group
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. With P = softmax(S): dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)).
 
     Queries that are padding have dO = 0, and so add nothing anywhere.
     """
-    row = _Row.of(q_THD, k_TKD, sight)
-    q_KQD, do_KQD = row.heads_first(q_THD * sight.scaling, row.group), row.heads_first(do_THD, row.group)
-    k_KTD, v_KTD = row.heads_first(k_TKD), row.heads_first(v_TKD)
-    dq_KQD = torch.empty_like(q_KQD)
-    dk_KTD, dv_KTD = (torch.zeros(t.shape, dtype=wide_type(t.dtype)) for t in (k_KTD, v_KTD))
-    for queries, grouped, keys in row.blocks(q_THD.shape[1], q_THD.dtype):
-        q, do, k, v = q_KQD[:, grouped], do_KQD[:, grouped], k_KTD[:, keys], v_KTD[:, keys]
-        scores_KQT, tanh_KQT = row.scores(q, k, queries, keys)
-        p_KQT = torch.softmax(scores_KQT, -1).to(q.dtype)
-        dv_KTD[:, keys] += torch.bmm(p_KQT.transpose(1, 2), do)
-        dp_KQT = torch.bmm(do, v.transpose(1, 2))
-        ds_KQT = torch._softmax_backward_data(dp_KQT, p_KQT, -1, p_KQT.dtype)
-        if tanh_KQT is not None:
-            ds_KQT.mul_(1 - tanh_KQT.square())
-        dq_KQD[:, grouped] = torch.bmm(ds_KQT, k)
-        dk_KTD[:, keys] += torch.bmm(ds_KQT.transpose(1, 2), q)
-    dq_THD = row.tokens_first(dq_KQD) * sight.scaling
-    return dq_THD, row.tokens_first(dk_KTD).to(k_TKD.dtype), row.tokens_first(dv_KTD).to(v_TKD.dtype)
+    q_SQD, do_SQD = group.heads_first(q_NHD * group.sight.scaling), group.heads_first(do_NHD)
+    k_STD, v_STD = group.heads_first(k_NKD), group.heads_first(v_NKD)
+    dq_SQD = torch.empty_like(q_SQD)
+    dk_STD, dv_STD = (torch.zeros(t.shape, dtype=wide_type(t.dtype)) for t in (k_STD, v_STD))
+    for queries, grouped, keys in group.blocks(q_NHD.dtype):
+        q, do, k, v = q_SQD[:, grouped], do_SQD[:, grouped], k_STD[:, keys], v_STD[:, keys]
+        scores_SQT, tanh_SQT = group.scores(q, k, queries, keys)
+        p_SQT = torch.softmax(scores_SQT, -1).to(q.dtype)
+        dv_STD[:, keys] += torch.bmm(p_SQT.transpose(1, 2), do)
+        dp_SQT = torch.bmm(do, v.transpose(1, 2))
+        ds_SQT = torch._softmax_backward_data(dp_SQT, p_SQT, -1, p_SQT.dtype)
+        if tanh_SQT is not None:
+            ds_SQT.mul_(1 - tanh_SQT.square())
+        dq_SQD[:, grouped] = torch.bmm(ds_SQT, k)
+        dk_STD[:, keys] += torch.bmm(ds_SQT.transpose(1, 2), q)
+    dq_NHD = group.tokens_first(dq_SQD) * group.sight.scaling
+    return dq_NHD, group.tokens_first(dk_STD).to(k_NKD.dtype), group.tokens_first(dv_STD).to(v_NKD.dtype)
 
 
 @cache
@@ -221,11 +253,12 @@ def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, si
     """Flash attention over variable lengths (arXiv:2307.08691), as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known, options = _varlen_parameters(), {}
+    known = _varlen_parameters()
+    options: dict[str, Any] = {}
     if "window_size" not in known and sight.window is not None:
         return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, 0.0)
     if "window_size" in known:
-        left = -1 if sight.window is None else sight.window - (1 if sight.causal else 0)
+        left = -1 if sight.window is None else sight.window - 1
         options["window_size"] = (left, 0 if sight.causal else left)
     else:
         options["is_causal"] = sight.causal
@@ -239,7 +272,8 @@ def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, si
         group = query_NHD.shape[1] // key_NKD.shape[1]
         key_NKD, value_NKD = (t.repeat_interleave(group, 1) for t in (key_NKD, value_NKD))
     bounds, longest = rows.bounds, rows.longest
-    return varlen_attn(query_NHD, key_NKD, value_NKD, bounds, bounds, longest, longest, **options)
+    out_NHD: Any = varlen_attn(query_NHD, key_NKD, value_NKD, bounds, bounds, longest, longest, **options)
+    return out_NHD
 
 
 def _row_by_row(

@@ -87,7 +87,7 @@ class _LowRankLinear(torch.autograd.Function):
             results += [None, None, None, (dy_NO.T @ z).to(dtype).mul_(scaling)]
         if g_parts:
             g_NR = torch.cat(g_parts, 1) if len(g_parts) > 1 else g_parts[0]
-            _place_A_gradients(results, g_NR.T @ x_NI, ctx)
+            _place_gradients_of_stack(results, g_NR.T @ x_NI, ctx)
             if dx_NI is not None:
                 dx_NI.addmm_(g_NR, stacked_A)
         return (dx_NI, None, *results)
@@ -102,7 +102,7 @@ def _input_gradient(gradients: Sequence[Tensor | None], weights: Sequence[Tensor
     return dx_NI
 
 
-def _place_A_gradients(results: list[Any], stacked_RI: Tensor, ctx: Any) -> None:
+def _place_gradients_of_stack(results: list[Any], stacked_RI: Tensor, ctx: Any) -> None:
     """Cut the gradient of the stacked A's apart, into the third of each projection's four slots."""
     start = 0
     for number, (rank, dtype) in enumerate(zip(ctx.ranks, ctx.dtypes, strict=True)):

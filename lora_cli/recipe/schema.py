@@ -160,7 +160,9 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
-    torch_compile: bool = Field(False, description="compile the model with torch.compile")
+    torch_compile: bool = Field(
+        False, description="compile element-wise work (or the layers of a model without fused forms); always on CUDA"
+    )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="of several processes: ddp (each holds the whole base) or fsdp (each holds a part of the frozen "

@@ -131,8 +131,8 @@ def train_step(
     """
     optimizer.zero_gradients()
     losses = accumulate_gradients(network, task, micro_batches, device, num_targets=num_targets, filling=filling)
-    if _computes_float16(network):
-        optimizer.gradients.div_(FLOAT16_LOSS_SCALE)
+    if (scale := loss_scale(network)) != 1.0:
+        optimizer.gradients.div_(scale)
     loss, votes = optimizer.aside[0], optimizer.aside[1 : 1 + len(STOPPING)]
     if losses:
         loss.copy_(torch.stack(losses).sum())
@@ -163,12 +163,11 @@ def accumulate_gradients(
 ) -> list[Tensor]:
     """Add the gradient of (sum of losses) / (number of targets) to the parameters' own.
 
-    Returns each micro-batch's share of that mean, on the device. In float16 the gradients are larger by
-    ``FLOAT16_LOSS_SCALE``. The ``filling`` is run as well, and adds nothing.
+    Returns each micro-batch's share of that mean, on the device. The gradients are larger by ``loss_scale``.
+    The ``filling`` is run as well, and adds nothing.
     """
     num_targets = num_targets or sum(batch.num_targets for batch in micro_batches)
-    scale = FLOAT16_LOSS_SCALE if _computes_float16(network) else 1.0
-    losses = []
+    scale, losses = loss_scale(network), []
     for batch in micro_batches:
         loss = task.loss_sum(network, batch.to(device)) / num_targets
         (loss * scale).backward()
@@ -178,8 +177,8 @@ def accumulate_gradients(
     return losses
 
 
-def _computes_float16(network: Network) -> bool:
-    return any(p.dtype == torch.float16 for p in network.model.parameters())
+def loss_scale(network: Network) -> float:
+    return FLOAT16_LOSS_SCALE if any(p.dtype == torch.float16 for p in network.model.parameters()) else 1.0
 
 
 def _non_finite(losses: list[float], micro_batches: list[Batch], world: World, *, loss_is_finite: bool) -> LoraError:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapters.files import trained_tensors
 from lora_cli.adapters.injection import base_name
@@ -23,6 +23,8 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.commands import plan as plan_module
 from lora_cli.commands import train as train_command
 from lora_cli.commands.train import Outcome, train
+from lora_cli.fusion import forms, proof
+from lora_cli.ops import kernels
 from lora_cli.recipe import TrainingSection, load_recipe
 from lora_cli.report.training import Silence
 from lora_cli.training import run as run_module
@@ -36,8 +38,8 @@ class Seen(Silence):
 
     saves: list[int] = field(default_factory=list)
     eval_batches: list[int] = field(default_factory=list)
-    forwards: int = 0  # of one adapted layer, with gradients
-    compiled: list[dict[str, Any]] = field(default_factory=list)
+    forwards: int = 0  # of gated MLPs, with gradients
+    compiled: list[bool] = field(default_factory=list)  # whether each was to be compiled
     asked_for_cpu: list[bool] = field(default_factory=list)
     outcome: Outcome = None  # type: ignore[assignment]
 
@@ -74,19 +76,21 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
 
     def go(name: str = "run", script: list[dict[str, float]] | None = None, **changes: Any) -> Seen:
         seen = Seen()
-        layer_forward, choose_device = LoRALinear.forward, plan_module.choose_device
+        gated, choose_device = forms.gated_low_rank, plan_module.choose_device
 
-        def forward(layer: LoRALinear, x: Tensor) -> Tensor:
-            seen.forwards += layer.training and layer.base.out_features == 48  # gate and up of two layers
-            return layer_forward(layer, x)
+        def forward(*inputs: Any, compile: bool) -> Tensor:
+            seen.forwards += torch.is_grad_enabled()
+            seen.compiled.append(compile)
+            return gated(*inputs)
 
         def choose(use_cpu: bool) -> torch.device:
             seen.asked_for_cpu.append(use_cpu)
             return choose_device(True)
 
         with monkeypatch.context() as patch:
-            patch.setattr(LoRALinear, "forward", forward)
-            patch.setattr(nn.Module, "compile", lambda module, **options: seen.compiled.append(options))
+            patch.setattr(forms, "gated_low_rank", forward)
+            patch.setattr(proof, "why_not_compiled", lambda device: None)
+            patch.setattr(kernels, "_compiled", lambda formula: formula)
             patch.setattr(plan_module, "choose_device", choose)
             if script:
                 left = iter(script)
@@ -115,7 +119,7 @@ def weight_decay(before: Seen, after: Seen) -> None:
 
 def gradient_accumulation_steps(before: Seen, after: Seen) -> None:
     assert after.column("epoch") == pytest.approx([2 * epoch for epoch in before.column("epoch")])
-    assert after.forwards == 2 * before.forwards
+    assert after.forwards == 2 * before.forwards > 0
     assert after.column("tokens")[-1] > 1.5 * before.column("tokens")[-1]
 
 
@@ -173,13 +177,13 @@ def adam_epsilon(before: Seen, after: Seen) -> None:
 
 
 def gradient_checkpointing(before: Seen, after: Seen) -> None:
-    assert after.forwards == 2 * before.forwards
+    assert after.forwards == 2 * before.forwards > 0
     assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
 
 
 def torch_compile(before: Seen, after: Seen) -> None:
-    assert before.compiled == []
-    assert after.compiled == [{"dynamic": True}] * 2, "each of the two layers"
+    assert set(before.compiled) == {False}
+    assert set(after.compiled) == {True}
 
 
 def use_cpu(before: Seen, after: Seen) -> None:
@@ -315,9 +319,9 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_gives_others(see,
 def test_dropout_changes_a_run_from_its_second_step_and_never_its_evaluations(see):
     """B begins at 0, so the first loss does not see the dropout; the first gradient does."""
     without, with_dropout = see("without", **HELD_OUT), see("with", **HELD_OUT, **{"lora.lora_dropout": 0.5})
-    assert with_dropout.column("loss")[0] == without.column("loss")[0]
-    assert with_dropout.column("loss")[2] != without.column("loss")[2]
-    assert with_dropout.column("eval_loss")[0] == without.column("eval_loss")[0]
+    assert with_dropout.column("loss")[0] == pytest.approx(without.column("loss")[0], rel=1e-6)
+    assert abs(with_dropout.column("loss")[2] - without.column("loss")[2]) > 1e-4
+    assert with_dropout.column("eval_loss")[0] == pytest.approx(without.column("eval_loss")[0], rel=1e-6)
 
 
 def test_dropout_draws_from_a_stream_of_its_own(see, monkeypatch):
@@ -582,11 +586,11 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 
     train_step, calls = loop.train_step, []
 
-    def greedy(*arguments: Any) -> Any:
+    def greedy(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return train_step(*arguments)
+        return train_step(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", greedy)
@@ -601,15 +605,17 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # with fused forms, and without
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides by hand
-def test_torch_compile_trains_like_eager(recipe, tmp_path):
+def test_torch_compile_trains_like_eager(kind, recipe, tmp_path, model_folder):
     """Two steps and an evaluation, compiled in earnest."""
     outcomes = []
     for compiled in (False, True):
         path = recipe(
             name=f"{compiled}.yaml",
             output_dir=str(tmp_path / str(compiled)),
+            model={"path": str(model_folder(kind)), "dtype": "float32"},
             **{"training.torch_compile": compiled, "training.max_steps": 2, "dataset.eval_size": 4},
         )
         outcomes.append(train(load_recipe(path), Silence()))

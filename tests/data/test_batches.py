@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.batches import IGNORE_INDEX, Batch, StepPlan, collate, evaluation_batches
+from lora_cli.data.batches import Batch, Layout, StepPlan, collate, evaluation_batches
 from lora_cli.data.encoding import Example
+from lora_cli.distributed import World
 
 FUZZ = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 PLANS = st.builds(
@@ -117,45 +120,92 @@ def test_micro_batches_are_the_steps_rows(plan: StepPlan, step: int):
 # --- collation
 
 
-def test_padding_and_labels():
+LINE = Layout(end_to_end=True)
+
+
+def target_of(batch: Batch) -> list[tuple[int, int, int]]:
+    """(row, the token that it is predicted from, the target) of every target."""
+    before = batch.input_ids.flatten()[batch.places]
+    return list(zip(batch.target_rows.tolist(), before.tolist(), batch.targets.tolist(), strict=True))
+
+
+def test_padding_and_targets():
     batch = collate([example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")], pad_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 3]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.labels.tolist() == [[IGNORE_INDEX, 6, 7], [IGNORE_INDEX, 9, IGNORE_INDEX]]
-    assert (batch.where, batch.num_targets, batch.num_tokens) == (["a", "b"], 3, 5)
-    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
+    assert batch.attention_mask().tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.places.tolist() == [0, 1, 3]
+    assert target_of(batch) == [(0, 5, 6), (0, 6, 7), (1, 8, 9)]
+    assert (batch.where, batch.num_targets, batch.num_tokens, batch.labels) == (["a", "b"], 3, 5, None)
+    assert batch.input_ids.dtype == batch.places.dtype == batch.targets.dtype == torch.int64
+
+
+def test_rows_end_to_end_hold_the_same_targets_without_padding():
+    rows = [example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")]
+    batch = collate(rows, 3, LINE)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.rows.lengths == (3, 2)
+    assert batch.rows.bounds.tolist() == [0, 3, 5]
+    assert batch.rows.positions().tolist() == [0, 1, 2, 0, 1]
+    assert batch.places.tolist() == [0, 1, 3]
+    assert target_of(batch) == target_of(collate(rows, 3))
+
+
+def test_a_line_is_filled_up_with_a_row_that_counts_for_nothing():
+    rows, layout = rows_of_lengths(20, 18), Layout(end_to_end=True, multiple=3)
+    batch = collate(rows, 3, layout)
+    assert batch.input_ids[0, 38:].tolist() == [3]
+    assert batch.rows.lengths == (20, 18, 1)
+    assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (2, 38, 2)
+    assert target_of(batch) == target_of(collate(rows, 3))
+
+
+def test_a_line_that_is_short_or_round_is_left_as_it_is():
+    assert [Layout(end_to_end=True, multiple=48).filling(n) for n in (1, 479, 480, 481, 1000)] == [0, 0, 0, 47, 8]
+    assert Layout(end_to_end=False, multiple=48).filling(481) == 0
 
 
 def test_a_target_that_is_the_pad_id_stays_a_target():
     """Padding is known by position: where pad and end are one token, ends are learned."""
     batch = collate([example([5, 3, 3], [1, 2]), example([5, 3], [1])], pad_id=3)
-    assert batch.labels.tolist() == [[IGNORE_INDEX, 3, 3], [IGNORE_INDEX, 3, IGNORE_INDEX]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.num_targets == 3
+    assert target_of(batch) == [(0, 5, 3), (0, 3, 3), (1, 5, 3)]
+    assert batch.attention_mask().tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_labels_of_a_classifier():
     batch = collate([example([5, 6], [], label=2), example([7], [], label=0)], pad_id=0)
+    assert batch.labels is not None
     assert batch.labels.tolist() == [2, 0]
-    assert batch.num_targets == 2
+    assert (batch.num_targets, len(batch.places)) == (2, 0)
 
 
 def test_a_batch_checks_itself():
-    ids = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(AssertionError):
-        Batch(ids, ids[:, :2], ids, ["a", "b"], 1)
-    with pytest.raises(AssertionError):
-        Batch(ids, ids, ids, ["a"], 1)
-    with pytest.raises(AssertionError):
-        Batch(ids, ids, ids, ["a", "b"], 0)
+    batch = collate([example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")], pad_id=3)
+    for wrong in [
+        {"input_ids": batch.input_ids[:, :2]},
+        {"where": ["a"]},
+        {"num_targets": 2},
+        {"places": batch.places[:2]},
+    ]:
+        with pytest.raises(AssertionError):
+            replace(batch, **wrong)
 
 
 def test_a_batch_on_a_device_is_the_same_batch():
     batch = collate(rows_of_lengths(2, 3), pad_id=0)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.input_ids, batch.input_ids)
-    assert torch.equal(moved.labels, batch.labels)
+    assert torch.equal(moved.targets, batch.targets)
     assert (moved.where, moved.num_targets) == (batch.where, batch.num_targets)
+
+
+def test_processes_share_a_step_without_losing_or_doubling_a_row():
+    """Each takes every second of the sorted rows, so both have about as many tokens."""
+    plan, examples = StepPlan(16, 2, 2, seed=1), rows_of_lengths(*[2 + (5 * n) % 13 for n in range(16)])
+    shares = [plan.micro_batches(examples, 0, World(rank, 2)) for rank in range(2)]
+    rows = [[row for batch in share for row in batch] for share in shares]
+    assert sorted(row.where for share in rows for row in share) == sorted(e.where for e in plan.rows(examples, 0))
+    tokens = [sum(len(row.input_ids) for row in share) for share in rows]
+    assert abs(tokens[0] - tokens[1]) < 13
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 50])

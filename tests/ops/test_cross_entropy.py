@@ -1,13 +1,15 @@
-"""The sum of token losses, against closed forms."""
+"""The sum of token losses, against closed forms; with the head in it, against float64 and its own parts."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_cli.ops.cross_entropy import summed_cross_entropy
+from lora_cli.ops import cross_entropy
+from lora_cli.ops.cross_entropy import Head, head_loss, head_statistics, summed_cross_entropy
 
 
 def draw(n: int, v: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,3 +64,90 @@ def test_large_logits_do_not_overflow():
 
 def test_no_targets_cost_nothing():
     assert float(summed_cross_entropy(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))) == 0.0
+
+
+# --- the head and the loss in one
+
+M, D, V = 23, 12, 50
+HEADS = {
+    "plain": {},
+    "with a bias": {"bias": True},
+    "scaled, as Cohere's and Granite's": {"scale": 0.0625},
+    "capped, as Gemma 2's": {"softcap": 3.0},
+    "scaled and capped": {"scale": 2.0, "softcap": 3.0, "bias": True},
+}
+
+
+def head_of(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, Head, torch.Tensor]:
+    options = dict(HEADS[kind])
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    bias = normal(V) if options.pop("bias", False) else None
+    return normal(M, D), Head(normal(V, D), bias, **options), torch.randint(V, (M,), generator=generator)
+
+
+def plain_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+    logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def loss_and_gradients(formula, hidden, head, targets, *, trained: bool):
+    hidden = hidden.detach().requires_grad_()
+    parameters = [t.detach().requires_grad_(trained) for t in (head.weight, head.bias) if t is not None]
+    bias = parameters[1] if head.bias is not None else None
+    loss = formula(hidden, Head(parameters[0], bias, head.scale, head.softcap), targets)
+    wanted = [hidden, *(parameters if trained else [])]
+    return [loss.detach(), *torch.autograd.grad(loss * 0.37, wanted)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_loss_and_every_gradient_are_the_formula_s_in_any_cut(dtype, limit, kind, chunk, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": chunk * V})
+    hidden, head, targets = head_of(kind, dtype)
+    ours = loss_and_gradients(head_loss, hidden, head, targets, trained=True)
+    bias = None if head.bias is None else head.bias.double()
+    exact_head = Head(head.weight.double(), bias, head.scale, head.softcap)
+    exact = loss_and_gradients(plain_loss, hidden.double(), exact_head, targets, trained=True)
+    for one, other in zip(ours, exact, strict=True):
+        assert float((one.double() - other).norm() / other.norm()) < limit
+    assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_the_cap_and_the_scale_matter():
+    losses = {kind: float(head_loss(*head_of(kind, torch.float32))) for kind in HEADS}
+    assert len({round(loss, 2) for loss in losses.values()}) == len(HEADS)
+
+
+def test_a_frozen_head_gets_no_gradient_and_all_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": 4 * V})
+    hidden, head, targets = head_of("plain", torch.float32)
+    made = []
+    linear = F.linear
+    monkeypatch.setattr(cross_entropy.F, "linear", lambda *a: made.append(linear(*a)) or made[-1])
+    loss_and_gradients(head_loss, hidden, head, targets, trained=False)
+    assert {len(t) for t in made} == {4, M % 4}
+    assert head.weight.grad is None
+
+
+def test_a_loss_of_hundreds_of_nats_is_exact_where_its_probability_is_zero():
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [300.0]])
+    assert float(head_loss(hidden, Head(weight), torch.tensor([0]))) == 300.0
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_statistics_are_those_of_all_logits_at_once(kind, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": 3 * V})
+    hidden, head, targets = head_of(kind, torch.float32)
+    targets[::2] = head.logits(hidden).argmax(-1)[::2]
+    loss, right = head_statistics(hidden, head, targets)
+    torch.testing.assert_close(loss, plain_loss(hidden, head, targets), rtol=1e-5, atol=0)
+    assert torch.equal(right, head.logits(hidden).argmax(-1) == targets)
+    assert 0 < int(right.sum()) < M

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch, collate, evaluation_batches
 from lora_cli.data.encoding import Example
-from lora_cli.tasks import CausalLM
 from lora_cli.fusion.network import Network, takes_positions
+from lora_cli.tasks import CausalLM
 from tests.conftest import VOCABULARY, tiny_model
 
 PAD = 3
@@ -88,13 +88,12 @@ def test_the_head_runs_only_where_some_row_has_a_target():
 def test_targets_rows_and_logits_belong_together():
     model, examples = tiny_model("llama"), draw(5)
     batch = collate(examples, PAD)
-    logits_NV, targets_N, rows_N = supervised_logits(model, batch)
     expected = [(row, int(i)) for row, e in enumerate(examples) for i in e.input_ids[e.supervised]]
-    assert list(zip(rows_N.tolist(), targets_N.tolist(), strict=True)) == expected
-    all_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert list(zip(batch.target_rows.tolist(), batch.targets.tolist(), strict=True)) == expected
+    all_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask()).logits
     where = [(row, position - 1) for row, e in enumerate(examples) for position in np.flatnonzero(e.supervised)]
-    plain_NV = torch.stack([all_BTV[row, position] for row, position in where])
-    assert torch.allclose(logits_NV, plain_NV, rtol=0, atol=1e-5)
+    plain_MV = torch.stack([all_BTV[row, position] for row, position in where])
+    assert torch.allclose(Network(model).supervised_logits(batch), plain_MV, rtol=0, atol=1e-5)
 
 
 class AllPositions(nn.Module):
@@ -102,7 +101,8 @@ class AllPositions(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model = self.base_model = model
+        self.config = model.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
@@ -135,6 +135,7 @@ class Says(nn.Module):
     def __init__(self, said_BT: list[list[int]]) -> None:
         super().__init__()
         self.said_BT = torch.tensor(said_BT)
+        self.base_model = self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, logits_to_keep: Tensor) -> Any:
         logits_BKV = nn.functional.one_hot(self.said_BT, 9)[:, logits_to_keep].float()

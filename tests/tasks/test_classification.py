@@ -75,7 +75,7 @@ def test_the_models_own_forward_would_read_another_token():
     model, examples = tiny_model("llama", TASK, pad_token_id=PAD), draw(8)
     batch = collate(examples, PAD)
     with torch.no_grad():
-        own_BC = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        own_BC = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask()).logits
         ours_BC = Network(model).class_logits(batch)
     differs_B = (own_BC - ours_BC).abs().amax(-1) > 1e-3
     assert differs_B.tolist() == [len(e.input_ids) > 1 and e.input_ids[-1] == PAD for e in examples]

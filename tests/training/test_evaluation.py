@@ -11,6 +11,7 @@ import torch
 
 from lora_cli.data.encoding import Example
 from lora_cli.errors import OutOfMemoryError
+from lora_cli.fusion.network import Network
 from lora_cli.tasks import CausalLM, SequenceClassification
 from lora_cli.training.evaluation import evaluate
 from tests.conftest import tiny_model
@@ -28,7 +29,7 @@ LABELLED = [example(index, length, 0, label=index % 2) for index, (length, _) in
 
 
 def figures(model: Any, rows: list[Example], task: Any = CausalLM, size: int = 3, **options: Any) -> Any:
-    return evaluate(model, task, rows, batch_size=size, pad_id=0, device=torch.device("cpu"), **options)
+    return evaluate(Network(model), task, rows, batch_size=size, pad_id=0, device=torch.device("cpu"), **options)
 
 
 @torch.no_grad()

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
 from lora_cli.commands.train import checkpoint_activations
-from lora_cli.data.batches import StepPlan, collate
+from lora_cli.data.batches import PADDED, Layout, StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import NonFiniteError, OutOfMemoryError
+from lora_cli.fusion.network import Network
+from lora_cli.fusion.proof import build_network
 from lora_cli.recipe import LoraSection, TrainingSection
-from lora_cli.tasks import CausalLM, SequenceClassification
+from lora_cli.tasks import TASKS, CausalLM, SequenceClassification
 from lora_cli.training import loop
 from lora_cli.training.loop import LoopSettings, accumulate_gradients, train_step, train_steps
-from lora_cli.training.optimizer import build_optimizer, trained_parameters
+from lora_cli.training.optimizer import FlatAdamW, trained_parameters
 from tests.conftest import tiny_model
 
 CPU = torch.device("cpu")
@@ -54,14 +58,23 @@ def adapted(kind: str = "llama", task: str = "causal_lm", dtype: torch.dtype = t
     return model.train()
 
 
-def cut(examples: list[Example], size: int) -> list[Any]:
-    return [collate(examples[start : start + size], pad_id=0) for start in range(0, len(examples), size)]
+def cut(examples: list[Example], size: int, layout: Layout = PADDED) -> list[Any]:
+    return [collate(examples[start : start + size], 0, layout) for start in range(0, len(examples), size)]
 
 
-def gradients(model: Any, examples: list[Example], size: int, task: Any = CausalLM) -> dict[str, Tensor]:
-    model.zero_grad()
-    accumulate_gradients(model, task, cut(examples, size), CPU)
-    return {name: p.grad.clone() for name, p in trained_parameters(model).items() if p.grad is not None}
+def fast(model: Any, task: str = "causal_lm") -> Network:
+    """The model as training runs it: end to end, with fused forms."""
+    network = build_network(model, task)
+    assert network.end_to_end
+    return network
+
+
+def gradients(network: Any, examples: list[Example], size: int, task: Any = CausalLM) -> dict[str, Tensor]:
+    network = network if isinstance(network, Network) else Network(network)
+    network.model.zero_grad()
+    accumulate_gradients(network, task, cut(examples, size, network.layout), CPU)
+    scale = loop.loss_scale(network)
+    return {name: p.grad / scale for name, p in trained_parameters(network.model).items() if p.grad is not None}
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -74,17 +87,19 @@ def difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     return float((flat(ours) - flat(reference)).norm() / flat(reference).norm())
 
 
+@pytest.mark.parametrize("way", [Network, fast])
 @pytest.mark.parametrize("size", CUTS[1:])
-def test_eight_rows_give_the_same_gradient_in_any_number_of_micro_batches(size):
-    model = adapted()
-    assert difference(gradients(model, EXAMPLES, size), gradients(model, EXAMPLES, 8)) < 1e-6
+def test_eight_rows_give_the_same_gradient_in_any_number_of_micro_batches(size, way):
+    network = way(adapted())
+    assert difference(gradients(network, EXAMPLES, size), gradients(network, EXAMPLES, 8)) < 1e-6
 
 
+@pytest.mark.parametrize("way", [Network, partial(fast, task="sequence_classification")])
 @pytest.mark.parametrize("size", CUTS[1:])
-def test_eight_classified_rows_give_the_same_gradient_in_any_number_of_micro_batches(size):
-    model = adapted(task="sequence_classification")
-    ours = gradients(model, LABELLED, size, SequenceClassification)
-    assert difference(ours, gradients(model, LABELLED, 8, SequenceClassification)) < 1e-6
+def test_eight_classified_rows_give_the_same_gradient_in_any_number_of_micro_batches(size, way):
+    network = way(adapted(task="sequence_classification"))
+    ours = gradients(network, LABELLED, size, SequenceClassification)
+    assert difference(ours, gradients(network, LABELLED, 8, SequenceClassification)) < 1e-6
 
 
 def test_averaging_the_means_of_micro_batches_would_be_another_gradient():
@@ -102,9 +117,10 @@ def naive_loss(model: Any, row: Example) -> Tensor:
     return -sum(log_p[t - 1, ids[t]] for t in range(1, len(ids)) if row.supervised[t])
 
 
+@pytest.mark.parametrize("way", [Network, fast])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_gradient_is_that_of_a_naive_float64_computation(kind):
-    ours, model = gradients(adapted(kind), EXAMPLES, 4), adapted(kind, dtype=torch.float64)
+def test_the_gradient_is_that_of_a_naive_float64_computation(kind, way):
+    ours, model = gradients(way(adapted(kind)), EXAMPLES, 4), adapted(kind, dtype=torch.float64)
     for layer in adapters_of(model).values():
         layer.double()
     targets = sum(int(row.supervised.sum()) for row in EXAMPLES)
@@ -118,26 +134,29 @@ def test_the_micro_batches_losses_add_up_to_the_mean_over_all_targets():
     with torch.no_grad():
         expected = float(sum(naive_loss(model, row) for row in EXAMPLES)) / sum(e.num_targets for e in EXAMPLES)
     for size in CUTS:
-        assert sum(accumulate_gradients(model, CausalLM, cut(EXAMPLES, size), CPU)) == pytest.approx(expected, rel=1e-6)
+        losses = accumulate_gradients(Network(model), CausalLM, cut(EXAMPLES, size), CPU)
+        assert float(sum(losses)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frozen_parameters_never_get_a_gradient_buffer():
+@pytest.mark.parametrize("way", [Network, fast])
+def test_frozen_parameters_never_get_a_gradient_buffer(way):
     model = adapted()
-    gradients(model, EXAMPLES, 4)
+    gradients(way(model), EXAMPLES, 4)
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, p in model.named_parameters() if "lora_" in name
     }
 
 
+@pytest.mark.parametrize("way", [Network, fast])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_gradient_checkpointing_recomputes_with_a_frozen_base_and_gives_the_same_gradient(kind, monkeypatch):
-    model = adapted(kind)
-    plain = gradients(model, EXAMPLES, 4)
-    checkpoint_activations(model)
-    layer = next(iter(adapters_of(model).values()))
+def test_gradient_checkpointing_recomputes_with_a_frozen_base_and_gives_the_same_gradient(kind, way):
+    network = way(adapted(kind))
+    plain = gradients(network, EXAMPLES, 4)
+    checkpoint_activations(network.model)
+    norm = next(m for name, m in network.model.named_modules() if name.endswith(("input_layernorm", "ln_1")))
     forwards = []
-    layer.register_forward_hook(lambda *_: forwards.append(1))
-    assert difference(gradients(model, EXAMPLES, 4), plain) < 1e-6
+    norm.register_forward_hook(lambda *_: forwards.append(1))
+    assert difference(gradients(network, EXAMPLES, 4), plain) < 1e-6
     assert len(forwards) == 4, "two micro-batches, each computed twice"
 
 
@@ -145,8 +164,8 @@ class LongStep(CausalLM):
     """As in a step of a hundred thousand targets, where each one's share of the gradient is tiny."""
 
     @staticmethod
-    def loss_sum(model, batch):
-        return CausalLM.loss_sum(model, batch) / 128
+    def loss_sum(network, batch):
+        return CausalLM.loss_sum(network, batch) / 128
 
 
 def test_a_float16_base_gives_gradients_close_to_those_of_float32_thanks_to_the_loss_scale(monkeypatch):
@@ -159,14 +178,49 @@ def test_a_float16_base_gives_gradients_close_to_those_of_float32_thanks_to_the_
     assert difference(gradients(model, rows, 4, LongStep), reference) > 0.02
 
 
-def sgd(model: Any, lr: float = 1.0) -> torch.optim.SGD:
-    return torch.optim.SGD(trained_parameters(model).values(), lr=lr)
+class FlatSGD(FlatAdamW):
+    """weight -= gradient: shows what gradient an update was given."""
+
+    def update(self, finite: Tensor) -> None:
+        if finite:
+            self.values.sub_(self.gradients)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "is_nonzero"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_the_device_is_asked_for_nothing_inside_a_step_and_once_at_its_end(task):
+    network = fast(adapted(task=task), task)
+    rows = EXAMPLES if task == "causal_lm" else LABELLED
+    batches, optimizer = cut(rows, 4, network.layout), FlatAdamW(network.model, TrainingSection())
+    with Reads() as inside:
+        accumulate_gradients(network, TASKS[task], batches, CPU)
+    assert inside.names == []
+    with Reads() as whole:
+        train_step(network, TASKS[task], batches, optimizer, 1.0, CPU)
+    assert len(whole.names) <= 2, "the loss and the norm"
+
+
+def sgd(model: Any) -> FlatSGD:
+    return FlatSGD(model, TrainingSection())
 
 
 def update_of(model: Any, max_grad_norm: float | None) -> tuple[Tensor, float]:
     """(the change of all weights by one SGD step with rate 1, the norm that the step reports)"""
     before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
-    _, norm = train_step(model, CausalLM, cut(EXAMPLES, 4), sgd(model), max_grad_norm, CPU)
+    _, norm = train_step(Network(model), CausalLM, cut(EXAMPLES, 4), sgd(model), max_grad_norm, CPU)
     after = trained_parameters(model)
     return flat({name: before[name] - after[name].detach() for name in before}), norm
 
@@ -188,9 +242,9 @@ def test_a_gradient_below_the_limit_or_without_one_is_used_as_it_is(limit):
 
 
 def steps_of(model: Any, size: int, start: int = 0, settings: LoopSettings = SETTINGS) -> list[loop.Step]:
-    optimizer = build_optimizer(model, TrainingSection(weight_decay=0.01))
+    optimizer = FlatAdamW(model, TrainingSection(weight_decay=0.01))
     plan = StepPlan(len(EXAMPLES), size, 8 // size, seed=1)
-    return list(train_steps(model, CausalLM, EXAMPLES, plan, optimizer, settings, start=start, device=CPU))
+    return list(train_steps(Network(model), CausalLM, EXAMPLES, plan, optimizer, settings, start=start, device=CPU))
 
 
 def test_a_whole_run_has_the_same_losses_in_any_number_of_micro_batches():
@@ -224,7 +278,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_rows():
     model = poisoned(adapted())
     before = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
     with pytest.raises(NonFiniteError, match=r"the loss is not finite.*rows\.jsonl:1, rows\.jsonl:2") as caught:
-        train_step(model, CausalLM, cut(EXAMPLES, 8), sgd(model), 1.0, CPU)
+        train_step(Network(model), CausalLM, cut(EXAMPLES, 8), sgd(model), 1.0, CPU)
     assert caught.value.exit_code == 3
     for name, parameter in trained_parameters(model).items():
         assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
@@ -234,14 +288,15 @@ class OneBadRow(CausalLM):
     """A loss that is infinite for the shortest row only."""
 
     @staticmethod
-    def loss_sum(model, batch):
-        loss = CausalLM.loss_sum(model, batch)
+    def loss_sum(network, batch):
+        loss = CausalLM.loss_sum(network, batch)
         return loss * float("inf") if "rows.jsonl:6" in batch.where else loss
 
 
 def test_only_the_micro_batch_with_the_bad_loss_is_named():
+    model = adapted()
     with pytest.raises(NonFiniteError) as caught:
-        train_step(adapted(), OneBadRow, cut(EXAMPLES, 2), sgd(adapted()), 1.0, CPU)
+        train_step(Network(model), OneBadRow, cut(EXAMPLES, 2), sgd(model), 1.0, CPU)
     assert "rows.jsonl:5, rows.jsonl:6" in caught.value.message
     assert "rows.jsonl:1" not in caught.value.message
 
@@ -250,16 +305,16 @@ class BadGradient(CausalLM):
     """A finite loss whose gradient is infinite."""
 
     @staticmethod
-    def loss_sum(model, batch):
-        layer = next(iter(adapters_of(model).values()))
-        return CausalLM.loss_sum(model, batch) + (layer.lora_A - layer.lora_A.detach()).sum().abs().sqrt()
+    def loss_sum(network, batch):
+        layer = next(iter(adapters_of(network.model).values()))
+        return CausalLM.loss_sum(network, batch) + (layer.lora_A - layer.lora_A.detach()).sum().abs().sqrt()
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update_too():
     model = adapted()
     before = flat({name: p.detach() for name, p in trained_parameters(model).items()})
     with pytest.raises(NonFiniteError, match="the gradient is not finite; the update was not made") as caught:
-        train_step(model, BadGradient, cut(EXAMPLES, 4), sgd(model), 1.0, CPU)
+        train_step(Network(model), BadGradient, cut(EXAMPLES, 4), sgd(model), 1.0, CPU)
     assert "rows.jsonl:8" in caught.value.message
     assert torch.equal(flat({name: p.detach() for name, p in trained_parameters(model).items()}), before)
 
@@ -268,7 +323,7 @@ def test_more_than_eight_rows_are_named_as_a_number():
     rows = [example(index, 9, 2) for index in range(20)]
     model = poisoned(adapted())
     with pytest.raises(NonFiniteError, match=r"rows\.jsonl:8 and 12 more"):
-        train_step(model, CausalLM, cut(rows, 20), sgd(model), 1.0, CPU)
+        train_step(Network(model), CausalLM, cut(rows, 20), sgd(model), 1.0, CPU)
 
 
 @pytest.mark.parametrize(
@@ -283,11 +338,13 @@ def test_more_than_eight_rows_are_named_as_a_number():
 def test_memory_that_runs_out_in_a_step_is_told_with_a_cure(error):
     class Greedy(CausalLM):
         @staticmethod
-        def loss_sum(model, batch):
+        def loss_sum(network, batch):
             raise error
 
     model = adapted()
-    steps = train_steps(model, Greedy, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU)
+    steps = train_steps(
+        Network(model), Greedy, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU
+    )
     with pytest.raises(OutOfMemoryError, match="out of memory") as caught:
         next(steps)
     assert caught.value.exit_code == 4
@@ -297,12 +354,16 @@ def test_memory_that_runs_out_in_a_step_is_told_with_a_cure(error):
 def test_another_runtime_error_stays_what_it_is():
     class Broken(CausalLM):
         @staticmethod
-        def loss_sum(model, batch):
+        def loss_sum(network, batch):
             raise RuntimeError("shapes do not match")
 
     model = adapted()
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        next(train_steps(model, Broken, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU))
+        next(
+            train_steps(
+                Network(model), Broken, EXAMPLES, StepPlan(8, 4, 2, 1), sgd(model), SETTINGS, start=0, device=CPU
+            )
+        )
 
 
 def test_dropout_changes_the_gradient_of_a_step_only_while_training():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_cli.recipe import TrainingSection
-from lora_cli.training.optimizer import build_optimizer, load_optimizer, optimizer_tensors, trained_parameters
+from lora_cli.training.optimizer import FlatAdamW, trained_parameters
 
 TRAINING = TrainingSection(
     learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, use_cpu=True
@@ -30,10 +30,13 @@ def gradients(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 3, generator=generator), torch.randn(5, generator=generator) * 10.0**-step
 
 
-def take_steps(model: Small, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def take_steps(model: Small, optimizer: FlatAdamW, steps: range) -> None:
     for step in steps:
-        model.matrix.grad, model.vector.grad = gradients(step)
-        optimizer.step()
+        optimizer.zero_gradients()
+        with torch.no_grad():
+            for parameter, gradient in zip((model.matrix, model.vector), gradients(step), strict=True):
+                parameter.grad.copy_(gradient)
+        optimizer.update(torch.tensor(True))
 
 
 def adamw_float64(weight, grads, weight_decay: float):
@@ -51,7 +54,7 @@ def adamw_float64(weight, grads, weight_decay: float):
 def test_six_steps_are_the_formula_in_float64_with_decay_on_the_matrix_and_none_on_the_vector():
     model = Small()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    take_steps(model, build_optimizer(model, TRAINING), range(6))
+    take_steps(model, FlatAdamW(model, TRAINING), range(6))
     matrix = adamw_float64(before["matrix"], [gradients(step)[0] for step in range(6)], weight_decay=0.1)
     vector = adamw_float64(before["vector"], [gradients(step)[1] for step in range(6)], weight_decay=0.0)
     torch.testing.assert_close(model.matrix.double(), matrix, rtol=1e-6, atol=1e-6)
@@ -60,25 +63,60 @@ def test_six_steps_are_the_formula_in_float64_with_decay_on_the_matrix_and_none_
     assert (swapped - vector).abs().max() > 1e-3, "the claim would not notice a decayed vector"
 
 
-def test_frozen_parameters_and_those_without_a_gradient_stay_bit_equal():
+def test_frozen_parameters_stay_bit_equal_and_those_without_a_gradient_only_decay():
     model = Small()
     frozen, unused = model.frozen.clone(), model.unused.detach().clone()
-    take_steps(model, build_optimizer(model, TRAINING), range(3))
+    take_steps(model, FlatAdamW(model, TRAINING), range(3))
     assert torch.equal(model.frozen, frozen)
-    assert torch.equal(model.unused, unused)
+    torch.testing.assert_close(model.unused, unused * (1 - 0.01 * 0.1) ** 3, rtol=1e-6, atol=0)
 
 
-def test_every_trained_parameter_is_in_exactly_one_group():
+def test_parameters_and_gradients_are_pieces_of_one_vector_with_the_values_they_had():
+    model, plain = Small(), Small()
+    optimizer = FlatAdamW(model, TRAINING)
+    for name, place in optimizer.places.items():
+        parameter = model.get_parameter(name)
+        assert torch.equal(parameter, plain.get_parameter(name)), name
+        place.of(optimizer.values).fill_(7.0)
+        place.of(optimizer.gradients).fill_(9.0)
+        assert bool((parameter == 7).all() and (parameter.grad == 9).all()), name
+        assert place.start % 16 == 0, "a cache line of its own"
+    assert list(optimizer.places) == ["matrix", "unused", "vector"], "matrices first: they decay"
+
+
+def test_a_backward_pass_adds_to_the_vector_of_gradients():
+    model, plain = Small(), Small()
+    optimizer = FlatAdamW(model, TRAINING)
+    for one in (model, plain):
+        for _ in range(2):
+            (one.matrix.square().sum() + one.vector.exp().sum()).backward()
+    assert torch.equal(optimizer.places["matrix"].of(optimizer.gradients), plain.matrix.grad)
+    assert torch.equal(optimizer.places["vector"].of(optimizer.gradients), plain.vector.grad)
+    assert optimizer.never_reached == {"unused"}
+
+
+def test_the_norm_is_that_of_all_gradients_and_clipping_is_torch_s():
+    model, plain = Small(), Small()
+    optimizer = FlatAdamW(model, TRAINING)
+    for one in (model, plain):
+        (one.matrix.square().sum() + one.vector.exp().sum()).backward()
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    norm = optimizer.gradient_norm()
+    optimizer.clip(norm, 0.5)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.matrix.grad, plain.matrix.grad, rtol=1e-6, atol=0)
+    assert expected > 1, "the claim is about a gradient that is clipped"
+
+
+def test_no_update_is_made_where_something_is_not_finite():
     model = Small()
-    groups = build_optimizer(model, TRAINING).param_groups
-    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decays == {id(model.matrix): 0.1, id(model.unused): 0.1, id(model.vector): 0.0}
-    assert sum(len(group["params"]) for group in groups) == 3
-
-
-def test_parameters_without_a_vector_among_them_make_one_group():
-    model = nn.Linear(3, 2, bias=False)
-    assert [len(group["params"]) for group in build_optimizer(model, TRAINING).param_groups] == [1]
+    optimizer = FlatAdamW(model, TRAINING)
+    take_steps(model, optimizer, range(2))
+    before, state = optimizer.values.clone(), optimizer.tensors()
+    optimizer.gradients.fill_(float("nan"))
+    optimizer.update(torch.tensor(False))
+    assert torch.equal(optimizer.values, before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.tensors().items())
 
 
 def test_trained_parameters_are_named_as_in_the_base_model():
@@ -88,17 +126,17 @@ def test_trained_parameters_are_named_as_in_the_base_model():
 
 def test_a_state_put_back_from_tensors_goes_on_bit_for_bit():
     straight = Small()
-    optimizer = build_optimizer(straight, TRAINING)
+    optimizer = FlatAdamW(straight, TRAINING)
     take_steps(straight, optimizer, range(3))
     resumed = Small()
     resumed.load_state_dict(straight.state_dict())
-    fresh = build_optimizer(resumed, TRAINING)
-    load_optimizer(resumed, fresh, {name: t.clone() for name, t in optimizer_tensors(straight, optimizer).items()})
+    fresh = FlatAdamW(resumed, TRAINING)
+    fresh.load(optimizer.tensors())
     forgetful = Small()
     forgetful.load_state_dict(straight.state_dict())
     take_steps(straight, optimizer, range(3, 6))
     take_steps(resumed, fresh, range(3, 6))
-    take_steps(forgetful, build_optimizer(forgetful, TRAINING), range(3, 6))
+    take_steps(forgetful, FlatAdamW(forgetful, TRAINING), range(3, 6))
     for name, parameter in straight.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name)), name
     assert not torch.equal(straight.matrix, forgetful.matrix), "the moments would not matter"
@@ -106,9 +144,15 @@ def test_a_state_put_back_from_tensors_goes_on_bit_for_bit():
 
 def test_the_state_is_named_by_moment_and_parameter_and_holds_nothing_else():
     model = Small()
-    optimizer = build_optimizer(model, TRAINING)
-    assert optimizer_tensors(model, optimizer) == {}
+    optimizer = FlatAdamW(model, TRAINING)
+    assert optimizer.tensors() == {}
     take_steps(model, optimizer, range(1))
-    assert sorted(optimizer_tensors(model, optimizer)) == [
-        f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in ("matrix", "vector")
-    ]
+    names = [f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq") for name in ("matrix", "unused", "vector")]
+    assert sorted(optimizer.tensors()) == [*names, "step"]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in optimizer.tensors().values()), "ready for a file"
+
+
+def test_a_model_without_vectors_has_one_group():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = FlatAdamW(model, TRAINING)
+    assert len(optimizer._adamw.param_groups) == 1

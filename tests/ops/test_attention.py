@@ -1,0 +1,174 @@
+"""Attention among the tokens of each row, against softmax written out in float64 with a mask made by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_cli.ops import attention
+from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops.rows import Rows
+
+LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
+HEADS, KV_HEADS, SIZE = 6, 2, 16
+SIGHTS = [
+    Sight(0.3, causal, window, softcap)
+    for causal, window, softcap in itertools.product((True, False), (None, 3, 64), (None, 5.0))
+]
+
+
+def draw(dtype: torch.dtype, lengths: list[int] = LENGTHS) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(sum(lengths), heads, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [normal(HEADS), normal(KV_HEADS), normal(KV_HEADS)], normal(HEADS)
+
+
+def sees(t: int, u: int, sight: Sight) -> bool:
+    return (u <= t or not sight.causal) and (sight.window is None or abs(t - u) < sight.window)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], sight: Sight) -> Tensor:
+    rows, start = [], 0
+    for length in lengths:
+        inside = slice(start, start + length)
+        start += length
+        group = HEADS // KV_HEADS
+        keys, values = (t[inside].repeat_interleave(group, 1) for t in (k, v))
+        scores = sight.scaling * torch.einsum("thd,uhd->htu", q[inside], keys)
+        if sight.softcap is not None:
+            scores = sight.softcap * torch.tanh(scores / sight.softcap)
+        hidden = torch.tensor([[not sees(t, u, sight) for u in range(length)] for t in range(length)])
+        p = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+        rows.append(torch.einsum("htu,uhd->thd", p, values))
+    return torch.cat(rows)
+
+
+def output_and_gradients(inputs: list[Tensor], gradient: Tensor, formula: Any) -> list[Tensor]:
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = formula(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype))]
+
+
+def relative(ours: list[Tensor], exact: list[Tensor]) -> float:
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_output_and_every_gradient_are_the_formula_s(sight, dtype, limit):
+    inputs, gradient = draw(dtype)
+    rows = Rows.of(LENGTHS)
+    ours = output_and_gradients(inputs, gradient, lambda q, k, v: attend_rows(q, k, v, rows, sight))
+    exact = output_and_gradients(
+        [t.double() for t in inputs], gradient.double(), lambda q, k, v: by_hand(q, k, v, LENGTHS, sight)
+    )
+    assert ours[0].dtype == dtype
+    assert relative(ours, exact) < limit
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_the_way_row_by_row_is_the_same(sight):
+    inputs, gradient = draw(torch.float32)
+    rows = Rows.of(LENGTHS)
+    ours = output_and_gradients(inputs, gradient, lambda q, k, v: attention._row_by_row(q, k, v, rows, sight, 0.0))
+    exact = output_and_gradients(inputs, gradient, lambda q, k, v: by_hand(q, k, v, LENGTHS, sight))
+    assert relative(ours, exact) < 1e-5
+
+
+def test_in_bfloat16_it_is_no_less_exact_than_torch_s_own_kernel():
+    inputs, gradient = draw(torch.bfloat16)
+    rows, sight = Rows.of(LENGTHS), Sight(SIZE**-0.5)
+    exact = output_and_gradients(
+        [t.double() for t in inputs], gradient.double(), lambda q, k, v: by_hand(q, k, v, LENGTHS, sight)
+    )
+    ours = output_and_gradients(inputs, gradient, lambda q, k, v: attend_rows(q, k, v, rows, sight))
+    torchs = output_and_gradients(inputs, gradient, lambda q, k, v: attention._row_by_row(q, k, v, rows, sight, 0.0))
+    assert relative(ours, exact) <= relative(torchs, exact)
+
+
+def test_no_row_sees_another_bit_for_bit():
+    inputs, _ = draw(torch.float32)
+    rows, sight = Rows.of(LENGTHS), Sight(0.3)
+    before = attend_rows(*inputs, rows, sight)
+    for tensor in inputs:
+        tensor[5:75] += 1.0  # the second row
+    after = attend_rows(*inputs, rows, sight)
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[75:], after[75:])
+    assert not torch.equal(before[5:75], after[5:75])
+
+
+def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
+    lengths = tuple(LENGTHS)
+    together = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3))
+    assert [group.lengths for _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
+    assert [some.stop for some, _ in together] == [5, 75, 79, 209, 282]
+    alone = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
+    assert [group.lengths for _, group in alone] == [(length,) for length in lengths]
+    many = attention._groups((60,) * 40, HEADS, KV_HEADS, Sight(0.3))
+    assert max(len(group.lengths) for _, group in many) == 2**19 // (HEADS * 64 * 64)
+
+
+def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():
+    inputs, _ = draw(torch.float32, [40])
+    rows, sight = Rows.of([40]), Sight(0.3)
+    without = attend_rows(*inputs, rows, sight)
+    torch.manual_seed(0)
+    drawn = torch.stack([attend_rows(*inputs, rows, sight, dropout=0.2) for _ in range(400)])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert float((drawn.mean(0) - without).norm() / without.norm()) < 0.05
+
+
+SIGNATURES = {
+    "2.10": {"is_causal"},
+    "2.11": {"scale", "window_size"},
+    "2.12 and later": {"scale", "window_size", "enable_gqa"},
+}
+
+
+@pytest.mark.parametrize("parameters", SIGNATURES.values(), ids=SIGNATURES)
+@pytest.mark.parametrize("sight", [s for s in SIGHTS if s.softcap is None], ids=str)
+def test_flash_attention_is_asked_for_the_same_thing_in_every_torch(sight, parameters, monkeypatch):
+    """The CUDA kernel itself needs a GPU; what it is told is read back here by a stand-in that obeys."""
+    inputs, _ = draw(torch.float32)
+    rows = Rows.of(LENGTHS)
+
+    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **options):
+        assert options.keys() <= parameters
+        assert bounds_q is bounds_k is rows.bounds
+        assert longest_q == longest_k == max(LENGTHS)
+        left, right = options.get("window_size", (-1, 0 if options.get("is_causal") else -1))
+        assert left == -1 or right in (0, left)
+        window = None if left == -1 else left + 1
+        scale = options.get("scale", SIZE**-0.5)
+        if not options.get("enable_gqa"):
+            assert k.shape[1] == HEADS
+            k, v = k[:, :: HEADS // KV_HEADS], v[:, :: HEADS // KV_HEADS]
+        return by_hand(q, k, v, LENGTHS, Sight(scale, right == 0, window))
+
+    monkeypatch.setattr(attention, "_varlen_parameters", lambda: frozenset(parameters))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    out = attention._flash(*inputs, rows, sight)
+    assert relative([out], [by_hand(*inputs, LENGTHS, sight)]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_on_a_gpu_output_and_every_gradient_are_the_formula_s(sight, dtype, limit):
+    inputs, gradient = draw(dtype)
+    rows = Rows.of(LENGTHS).to(torch.device("cuda"))
+    ours = output_and_gradients(
+        [t.cuda() for t in inputs], gradient.cuda(), lambda q, k, v: attend_rows(q, k, v, rows, sight)
+    )
+    exact = output_and_gradients(
+        [t.double() for t in inputs], gradient.double(), lambda q, k, v: by_hand(q, k, v, LENGTHS, sight)
+    )
+    assert relative([t.cpu() for t in ours], exact) < limit
