@@ -67,10 +67,14 @@ class Ranks:
 
     def start(self, folder: Path, *arguments: object, **options: Any) -> list[Any]:
         """`lora ARGUMENTS` in each; what they print goes to folders of their own: ``rank-0`` and so on."""
-        folders = [folder / f"rank-{rank}" for rank in range(self.count)]
-        for each in folders:
-            each.mkdir(exist_ok=True)
-        return [start(each, *arguments, variables=self.variables(rank), **options) for rank, each in enumerate(folders)]
+        return [self.start_one(rank, folder, *arguments, **options) for rank in range(self.count)]
+
+    def start_one(self, rank: int, folder: Path, *arguments: object, **options: Any) -> Any:
+        own = folder / f"rank-{rank}"
+        own.mkdir(exist_ok=True)
+        process = start(own, *arguments, variables=self.variables(rank), **options)
+        process.ranks = self  # the store lives as long as its processes
+        return process
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float = 60) -> list[Any]:
         """What ``function(world, *arguments)`` gives in each process; an exception stands for itself."""
