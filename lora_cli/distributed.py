@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_cli.errors import LoraError, ToldElsewhere, UsageError, exit_code_of
+from lora_cli.errors import LoraError, LostProcessError, ToldElsewhere, UsageError, exit_code_of
 
 PATIENCE = timedelta(minutes=30)  # one process may read, evaluate or save while the others wait
 # At the store: an exit code; how many met an error alone; that the message is on the screen.
@@ -33,6 +34,7 @@ ENDED, SPEAKERS, TOLD = "lora/ended", "lora/speakers", "lora/told"
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # for a process to notice by itself that another one ended
 LISTEN_SECONDS = 3.0  # for the word of a process whose connection broke
+_BROKEN = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
 TELL_SECONDS = 60.0  # for a message to be printed, and a crash log to be written
 
 
@@ -219,6 +221,7 @@ def _ended(store: Any, seconds: float = 0.0) -> int:
 
 def _parting(error: BaseException, world: World, store: Any) -> BaseException:
     """What to raise at the end of a run that failed, once the others know."""
+    _ignore_sigterm()
     if isinstance(error, ToldElsewhere):
         _wait_until_told(store)
         return error
@@ -231,8 +234,19 @@ def _parting(error: BaseException, world: World, store: Any) -> BaseException:
         code = _ended(store, LISTEN_SECONDS)
     if code:
         return ToldElsewhere(code)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN):
+        error = LostProcessError(
+            "another process of the run ended without a word",
+            "the system ends processes for want of memory; the same command again goes on from the last checkpoint",
+        )
     _say(store, ENDED, str(exit_code_of(error)))
     return world.named(error)
+
+
+def _ignore_sigterm() -> None:
+    """Whoever started the processes ends all when one has ended; this one is about to leave, with its own code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wait_until_told(store: Any) -> None:

@@ -8,6 +8,7 @@
     ├── StorageError         5   storage is full, unwritable or damaged
     ├── DataError            6   rows that cannot be used
     ├── FolderInUseError     7   another run holds the output folder
+    ├── LostProcessError     1   another process of the run was ended from outside
     ├── Stopped        128 + n   signal n arrived; the state is saved
     └── ToldElsewhere            another process of the run tells the error; this one leaves with its code
 
@@ -104,6 +105,10 @@ class DataError(LoraError):
 
 class FolderInUseError(LoraError):
     exit_code = 7
+
+
+class LostProcessError(LoraError):
+    exit_code = 1
 
 
 class SeveralErrors(LoraError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from lora_cli import distributed
 from lora_cli.distributed import ALONE, World, joined
-from lora_cli.errors import DataError, LoraError, StorageError, ToldElsewhere, UsageError
+from lora_cli.errors import DataError, LoraError, LostProcessError, StorageError, ToldElsewhere, UsageError
 from tests.processes import Ranks
 
 
@@ -100,6 +102,19 @@ def test_a_process_that_waits_in_vain_is_ended():
     assert ranks.call(wait_for_ever, seconds=30)[0] is None
     assert ranks.codes == [5, 5]
     assert time.monotonic() - began < 20
+
+
+def be_killed(world: World) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.add(torch.zeros(2))
+
+
+def test_a_process_that_is_killed_is_missed_by_the_others():
+    ranks = Ranks(2)
+    main, _ = ranks.call(be_killed)
+    assert isinstance(main, LostProcessError)
+    assert ranks.codes == [1, -signal.SIGKILL]
 
 
 def see(world: World, facts: list[dict[str, str]]) -> None:

@@ -7,6 +7,7 @@ outside of any layer, and many models tie the two.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # What the base gives is only ever read, so that it may be a view does no harm.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in decoder_layers(model):

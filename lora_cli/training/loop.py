@@ -28,7 +28,8 @@ from lora_cli.training.signals import STOPPING, StopRequest
 # float16 loses gradients below 6e-8; a power of two moves them up and is taken out again without rounding.
 FLOAT16_LOSS_SCALE = 1024.0
 MEMORY_CURE = (
-    "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps: the result stays the same), "
+    "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps where no global_batch_size "
+    "is set: the result stays the same), "
     "lower dataset.max_length, or set training.gradient_checkpointing: true"
 )
 
@@ -172,8 +173,9 @@ def accumulate_gradients(
         loss = task.loss_sum(network, batch.to(device)) / num_targets
         (loss * scale).backward()
         losses.append(loss.detach())
-    for batch in filling:
-        (task.loss_sum(network, batch.to(device)) * 0.0).backward()
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=bool(filling)):
+        for batch in filling:  # draws no dropout that the next batch would have drawn
+            (task.loss_sum(network, batch.to(device)) * 0.0).backward()
     return losses
 
 

@@ -123,9 +123,7 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint_and_resuming_is_
     assert printed(tmp_path / "stopped" / "rank-1") == ""
     assert train(tmp_path / "resumed", path) == [0, 0]
     assert f"resuming after step {step} of 6" in printed(tmp_path / "resumed" / "rank-0", "stdout")
-    one, other = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")
-    )
+    one, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole"))
     assert one == other
 
 
