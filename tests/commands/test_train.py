@@ -232,6 +232,13 @@ def report_to(before: Seen, after: Seen) -> None:
     assert len(list((after.outcome.output.root / "tensorboard").iterdir())) == 1
 
 
+def strategy(before: Seen, after: Seen) -> None:
+    """What it does in several processes is shown in ``test_several_processes.py``."""
+    note = "training.strategy: fsdp shards nothing in a single process"
+    assert note not in before.outcome.plan.notes
+    assert note in after.outcome.plan.notes
+
+
 @dataclass(frozen=True)
 class Trial:
     """One key: the changed value, what both runs need around it, and what the change must do."""
@@ -251,6 +258,7 @@ TRIALS: dict[str, list[Trial]] = {
     "learning_rate": [Trial(0.02, learning_rate, ONE)],
     "weight_decay": [Trial(0.5, weight_decay, ONE | {"weight_decay": 0.0})],
     "gradient_accumulation_steps": [Trial(2, gradient_accumulation_steps)],
+    "global_batch_size": [Trial(8, gradient_accumulation_steps)],
     "per_device_train_batch_size": [Trial(2, per_device_train_batch_size)],
     "per_device_eval_batch_size": [Trial(1, per_device_eval_batch_size, HELD_OUT)],
     "num_train_epochs": [Trial(1.5, num_train_epochs, {"max_steps": None, "num_train_epochs": 1.0})],
@@ -265,6 +273,7 @@ TRIALS: dict[str, list[Trial]] = {
     "adam_epsilon": [Trial(1.0, adam_epsilon, ONE)],
     "gradient_checkpointing": [Trial(True, gradient_checkpointing)],
     "torch_compile": [Trial(True, torch_compile)],
+    "strategy": [Trial("fsdp", strategy)],
     "use_cpu": [Trial(False, use_cpu)],
     "seed": [Trial(43, seed)],
     "logging_steps": [Trial(3, logging_steps, {"max_steps": 7})],

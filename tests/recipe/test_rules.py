@@ -142,6 +142,23 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "10 steps of warm-up do not fit into 10 steps",
         ["training.warmup_steps=9", "training.max_steps=10"],
     ),
+    (
+        "_one_batch_size",
+        ["training.global_batch_size=8", "training.gradient_accumulation_steps=1"],
+        "training.gradient_accumulation_steps",
+        "cannot be combined with global_batch_size",
+        ["training.global_batch_size=null", "training.gradient_accumulation_steps=1"],
+    ),
+    *(
+        (
+            "_fsdp_is_for_lora",
+            [CLASSIFY, f"method={method}", "training.strategy=fsdp"],
+            "training.strategy",
+            f"fsdp shards a base that stays frozen, and method: {method} writes a whole model",
+            [CLASSIFY, f"method={method}", "training.strategy=ddp"],
+        )
+        for method in ("full", "head")
+    ),
 ]
 
 
