@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.ops import attention
-from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops import attention, blocked_attention
+from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import Sight
 
 LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
 HEADS, KV_HEADS, SIZE = 6, 2, 16
@@ -107,13 +108,13 @@ def test_no_row_sees_another_bit_for_bit():
 
 def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
     lengths = tuple(LENGTHS)
-    together = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3))
-    assert [group.lengths for _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
-    assert [some.stop for some, _ in together] == [5, 75, 79, 209, 282]
-    alone = attention._groups(lengths, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
-    assert [group.lengths for _, group in alone] == [(length,) for length in lengths]
-    many = attention._groups((60,) * 40, HEADS, KV_HEADS, Sight(0.3))
-    assert max(len(group.lengths) for _, group in many) == 2**19 // (HEADS * 64 * 64)
+    together = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3))
+    assert [group.lengths for _, _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
+    assert [some.stop for some, _, _ in together] == [5, 75, 79, 209, 282]
+    alone = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
+    assert [group.lengths for _, _, group in alone] == [(length,) for length in lengths]
+    many = blocked_attention._groups((60,) * 40, 0, HEADS, KV_HEADS, Sight(0.3))
+    assert max(len(group.lengths) for _, _, group in many) == 2**19 // (HEADS * 64 * 64)
 
 
 def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():
