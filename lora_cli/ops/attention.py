@@ -94,7 +94,7 @@ def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, sight: Sight, dropout:
             k_KTD[None],
             v_KTD[None],
             attn_mask=None if hidden is None else ~hidden,
-            is_causal=sight.causal and hidden is None,
+            is_causal=sight.causal and plain,
             scale=sight.scaling,
             dropout_p=dropout,
             enable_gqa=True,
