@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
@@ -22,6 +23,7 @@ from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.errors import UsageError
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
@@ -89,6 +91,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
             model = build_model(plan, base, remote_code=remote_code)
             build = build_compiled_network if plan.recipe.training.torch_compile else build_network
             network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+            network = cached(network, plan.recipe, [*plan.dataset.train, *plan.dataset.eval], plan.pad_id, output.root)
             observer.network(network)
             optimizer = FlatAdamW(model, plan.recipe.training)
         torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
@@ -150,7 +153,7 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrai
     initialise(adapters_of(model), recipe.lora.init_lora_weights, recipe.training.seed)
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, recipe.training.gradient_checkpointing)
     return model
 
 
@@ -166,15 +169,6 @@ def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
             "they would be random",
             f"is this the right model? To train them from scratch, {cure}",
         )
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
 
 
 def build_run(

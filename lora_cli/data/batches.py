@@ -60,6 +60,7 @@ class Batch:
     labels: Tensor | None  # (B,) int64 for a classifier
     where: list[str]
     num_targets: int
+    examples: list[Example]  # the rows themselves
 
     def __post_init__(self) -> None:
         assert tuple(self.input_ids.shape) in ((1, self.rows.num_tokens), (len(self.where), self.rows.longest))
@@ -126,6 +127,7 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
         labels,
         [example.where for example in examples],
         sum(example.num_targets for example in examples),
+        examples,
     )
 
 

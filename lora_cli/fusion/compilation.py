@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.data.batches import PADDED
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 
 
@@ -19,7 +19,7 @@ def compile_layers(network: Network) -> Network:
     model = network.model
     if network.end_to_end:
         model.set_attn_implementation(network.own_attention)
-    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = list(repeated_layers(model).values())
     for module in layers or [model]:
         module.compile(dynamic=True)
     return replace(

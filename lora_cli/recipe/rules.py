@@ -149,6 +149,15 @@ def _warmup_fits(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
+def _offload_is_not_compiled(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.training.gradient_checkpointing == "offload" and recipe.training.torch_compile:
+        yield Mistake(
+            ("training", "gradient_checkpointing"),
+            "offload cannot be combined with torch_compile: copies to the host would cut each compiled layer apart",
+            "use true or selective, or remove torch_compile",
+        )
+
+
 RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _one_model,
     _attention_is_no_code,
@@ -159,4 +168,5 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _evaluation_source,
     _known_metric,
     _warmup_fits,
+    _offload_is_not_compiled,
 ]

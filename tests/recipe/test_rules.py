@@ -142,6 +142,13 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "10 steps of warm-up do not fit into 10 steps",
         ["training.warmup_steps=9", "training.max_steps=10"],
     ),
+    (
+        "_offload_is_not_compiled",
+        ["training.gradient_checkpointing=offload", "training.torch_compile=true"],
+        "training.gradient_checkpointing",
+        "offload cannot be combined with torch_compile",
+        ["training.gradient_checkpointing=selective", "training.torch_compile=true"],
+    ),
 ]
 
 
