@@ -8,10 +8,10 @@ Counted is, for each step of the measured passes, in the step's dtype and at its
   since nothing below them is trained;
 - the same two for the output head (a classifier: the pooler), at the M supervised positions only.
 
-Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each layer
-has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes, the
-passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be faster than this
-without multiplying less or multiplying differently: our share of it is what the rest costs.
+Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each
+layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes,
+the passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be faster than
+this without multiplying less or multiplying differently; what lacks to 100 % is what everything else costs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def measure_limit(shape: Shape) -> dict[str, float]:
     make = partial(torch.randn, dtype=getattr(torch, shape.dtype), device=device)
     weights = [(product, make(product.outputs, product.inputs)) for product in products(shape)]
     sizes = [(sum(len(row.ids) for row in step), sum(row.num_targets for row in step)) for step in shape.step_rows()]
-    seconds = min(_seconds(weights, [_filled(s, multiple) for s in sizes], shape.passes, make) for multiple in MULTIPLES)
+    seconds = min(
+        _seconds(weights, [_filled(s, multiple) for s in sizes], shape.passes, make) for multiple in MULTIPLES
+    )
     tokens = shape.passes * sum(tokens for tokens, _ in sizes)
     flops = shape.passes * product_flops(shape, shape.rows())
     return {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}

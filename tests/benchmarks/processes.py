@@ -1,4 +1,4 @@
-"""Every measurement is a fresh process: nothing that one left behind, in memory or in caches, helps or hurts another."""
+"""Every measurement is a fresh process: nothing that another one left in memory helps or hurts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*command: str) -> str:
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Failed(lines[-1])
+        raise Failed(lines[-1].replace("|", "/")[:100])  # it may become a cell of a table
     return done.stdout
 
 

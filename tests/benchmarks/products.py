@@ -50,7 +50,7 @@ def product_flops(shape: Shape, rows: Sequence[Row]) -> int:
 
 
 def attention_flops(config: dict[str, Any], rows: Sequence[Row]) -> int:
-    """Two products forward (scores, values) and four backward, of 2 T^2 D each; half of it where later tokens are hidden."""
+    """Two products forward (scores, values) and four backward, 2 T^2 D each; half where later tokens are hidden."""
     pairs = sum(len(row.ids) ** 2 for row in rows)
     full = 6 * 2 * config["num_hidden_layers"] * config["hidden_size"] * pairs
     return full // 2 if config["model_type"] == "llama" else full

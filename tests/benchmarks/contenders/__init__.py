@@ -40,7 +40,9 @@ CONTENDERS = {
     "lora": Contender("ours.train"),
     "peft+trainer": Contender("trainer.train", TRAINER),
     "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER),
-    "peft+trainer+liger": Contender("trainer.train_liger", (*TRAINER, "liger_kernel"), needs_cuda=True, tasks=("causal_lm",)),
+    "peft+trainer+liger": Contender(
+        "trainer.train_liger", (*TRAINER, "liger_kernel"), needs_cuda=True, tasks=("causal_lm",)
+    ),
     "trl": Contender("trl.train", ("peft", "trl"), tasks=("causal_lm",)),
     "unsloth": Contender("unsloth.train", ("unsloth", "trl"), needs_cuda=True, tasks=("causal_lm",)),
 }

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.contenders NAME SHAPE BASE``: one contender, in a process of its own, as one JSON line."""
+"""``python -m tests.benchmarks.contenders NAME SHAPE BASE``: one contender in a process, as one JSON line."""
 
 from __future__ import annotations
 

@@ -82,9 +82,11 @@ class Job:
         seconds = self.ticks[-1] - self.ticks[steps - 1]
         tokens = self.shape.passes * sum(len(row.ids) for row in self.rows)
         peak = torch.cuda.max_memory_allocated(self.device) if self.on_cuda else process_peak_bytes()
+        peak = max(peak, self.base_bytes)  # the system's own two counts may differ by some pages
         return {
             "tokens_per_second": tokens / seconds,
-            "busy_cores": (self.worked[-1] - self.worked[steps - 1]) / seconds,  # fewer than there are: others were at work
+            "busy_cores": (self.worked[-1] - self.worked[steps - 1])
+            / seconds,  # fewer than there are: others were at work
             "step_seconds": seconds / (self.shape.passes * steps),
             "peak_bytes": peak,
             "above_base_bytes": peak - self.base_bytes,

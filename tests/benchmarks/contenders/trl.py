@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with PEFT. Its defaults hold, save for gradient checkpointing: nobody here recomputes activations."""
+"""TRL's SFTTrainer with PEFT. Its defaults hold, but for gradient checkpointing: nobody here recomputes."""
 
 from __future__ import annotations
 
