@@ -16,9 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.shapes import INSTRUCT_135M, Shape, save_base
+from tests.benchmarks.bases import save_base
+from tests.benchmarks.contenders.job import ROWS_FILE
+from tests.benchmarks.shapes import INSTRUCT_135M, Shape
 
-SHAPE = Shape(INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}, "float32", 4, 64, 512, 7)
+SHAPE = Shape(
+    "Llama of 12 layers", INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}, "float32", 4, 64, 512, 7
+)
 TOP = [9, 10, 11]
 EPOCHS = 3
 
@@ -42,7 +46,7 @@ def epochs(base: Path, where: str) -> dict[str, Any]:
     from lora_cli.training.optimizer import FlatAdamW
 
     keep_freed_memory()
-    rows = json.loads((base / "rows.json").read_text(encoding="utf-8"))
+    rows = [row["ids"] for row in json.loads((base / ROWS_FILE).read_text(encoding="utf-8"))]
     examples = [
         Example(np.array(row, dtype=np.int32), np.arange(len(row)) >= max(1, len(row) // 2), f"row {number}")
         for number, row in enumerate(rows)
@@ -78,7 +82,7 @@ def main() -> None:
     parser.add_argument("--only", nargs=2, metavar=("WHERE", "BASE"), help="one run, its figures as JSON")
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(epochs(Path(arguments.only[1]), arguments.only[0])))  # noqa: T201
+        sys.stdout.write(json.dumps(epochs(Path(arguments.only[1]), arguments.only[0])) + "\n")
         return
     results: dict[str, list[dict[str, Any]]] = {"none": [], "memory": [], "disk": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,9 +98,8 @@ def main() -> None:
             speeds = [result["speeds"][epoch] for result in found]
             shown.append(f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})")
         memory = statistics.median(result["memory"] for result in found) / 1e9
-        print(  # noqa: T201
-            f"{where:<8}tokens/s by epoch: {', '.join(shown)}; peak {memory:.2f} GB; last loss {found[0]['loss']:.6f}"
-        )
+        sys.stdout.write(f"{where:<8}tokens/s by epoch: {', '.join(shown)}; ")
+        sys.stdout.write(f"peak {memory:.2f} GB; last loss {found[0]['loss']:.6f}\n")
 
 
 if __name__ == "__main__":
