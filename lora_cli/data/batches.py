@@ -148,17 +148,23 @@ def shared_prefix(examples: list[Example], least: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows per optimizer step, and how they are cut into micro-batches."""
+    """Rows per optimizer step, and how they are cut into micro-batches.
+
+    With a ``global_batch_size`` a step has so many rows, however many processes share them; else each process
+    has ``accumulation`` micro-batches.
+    """
 
     num_rows: int
     micro_batch_size: int
     accumulation: int
     seed: int
     shuffle: bool = True
+    num_processes: int = 1
+    global_batch_size: int | None = None
 
     @property
     def rows_per_step(self) -> int:
-        return self.micro_batch_size * self.accumulation
+        return self.global_batch_size or self.micro_batch_size * self.accumulation * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -186,6 +192,10 @@ class StepPlan:
         share = self.rows(examples, step)[world.rank :: world.size]
         size = self.micro_batch_size
         return [share[start : start + size] for start in range(0, len(share), size)]
+
+    def num_micro_batches(self, step: int, world: World = ALONE) -> int:
+        """How many the main process has in a step: no other one has more."""
+        return math.ceil(math.ceil(len(self.rows_of(step)) / world.size) / self.micro_batch_size)
 
 
 @lru_cache(maxsize=2)

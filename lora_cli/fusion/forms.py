@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.fusion.attention import ROWS_KEYWORD
+from lora_cli.fusion.sharding import gathered
 from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
@@ -121,6 +122,7 @@ class Calls:
     """Notes the modules' calls during one forward pass: what each was given and what it gave."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
         clean = [module for module in model.modules() if not has_hooks(module)]
         self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
@@ -136,9 +138,9 @@ class Calls:
         """The first form of each module that gives what the module gave."""
         proven = {}
         for module, (args, kwargs, output) in self._notes.items():
-            form = next(
-                (form for form in forms_of(module, sights, compile) if _agrees(form, args, kwargs, output)), None
-            )
+            with gathered(self._model, module):
+                possible = forms_of(module, sights, compile)
+                form = next((form for form in possible if _agrees(form, args, kwargs, output)), None)
             if form is not None:
                 proven[module] = form
         return proven
