@@ -45,6 +45,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on its own machine: which GPU it takes
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -180,7 +181,7 @@ def _world_of(variables: Any) -> World:
         raise UsageError("RANK, WORLD_SIZE and LOCAL_RANK in the environment must be whole numbers") from None
     if not 0 <= rank < size or local < 0:
         raise UsageError(f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local}: that cannot be", "start with torchrun")
-    return World(rank, size, local)
+    return World(rank, size, local, int(variables.get("LOCAL_WORLD_SIZE") or size))
 
 
 def _meet(world: World) -> Any:

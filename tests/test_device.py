@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 
 import pytest
 import torch
 
-from lora_cli.device import choose_device, choose_dtype, computes_bfloat16, memory_errors, peak_memory_bytes
+from lora_cli import device
+from lora_cli.device import (
+    choose_device,
+    choose_dtype,
+    computes_bfloat16,
+    free_memory_bytes,
+    memory_errors,
+    peak_memory_bytes,
+)
 from lora_cli.errors import OutOfMemoryError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")
@@ -105,3 +114,34 @@ def test_peak_memory_of_the_cpu_is_that_of_the_process_in_bytes():
     peak = peak_memory_bytes(CPU)
     assert peak == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB
+
+
+def test_freed_memory_is_kept_where_the_c_library_can_and_left_alone_elsewhere(monkeypatch):
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        assert device.keep_freed_memory()
+
+    def missing(name: str) -> None:
+        raise OSError("libc.so.6: cannot open shared object file")
+
+    monkeypatch.setattr(device.ctypes, "CDLL", missing)
+    assert not device.keep_freed_memory()
+
+
+def test_free_memory_is_some_of_the_machine_s():
+    import os
+
+    free = free_memory_bytes()
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    held = torch.ones(2**26)  # 256 MB, every page of it written
+    assert free_memory_bytes() < free - 2**27 or held.sum() == 0
+
+
+@pytest.mark.parametrize(("limit", "used", "expected"), [("3000000", "1000000", 2000000), ("10", "20", 0)])
+def test_a_container_s_limit_counts(monkeypatch, limit, used, expected):
+    from pathlib import Path
+
+    files = {"memory.max": limit, "memory.current": used}
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: files.get(path.name, "MemAvailable: 4000000 kB"))
+    assert free_memory_bytes() == expected
+    files["memory.max"] = "max"
+    assert free_memory_bytes() > 3_000_000

@@ -20,6 +20,7 @@ FREE_KEYS = {
     "training.report_to",
     "training.per_device_eval_batch_size",
     "training.gradient_checkpointing",  # the cures for too little memory: they give the same steps
+    "training.cache_frozen_layers",
     "training.per_device_train_batch_size",  # the rows of a step are compared
     "training.gradient_accumulation_steps",
     "training.global_batch_size",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from lora_cli.commands.caching import CachePlan, cache_notes, plan_cache
 from lora_cli.commands.labels import choose_labels
 from lora_cli.commands.trainable import Counted, ModelPlan, check_trainable, plan_model
 from lora_cli.data.batches import StepPlan
@@ -23,6 +24,7 @@ from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
 from lora_cli.device import choose_device, choose_dtype
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
@@ -76,7 +78,7 @@ def located(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, processes: int = 1) -> Plan:
+def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World = ALONE) -> Plan:
     """Read configuration, tokenizer and rows; find targets; count. Raises what is wrong with any of them."""
     with located(loaded), quiet():
         recipe, problems = loaded.recipe, Problems()
@@ -104,7 +106,9 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, processes: int
         _check_ids(dataset, model.skeleton, loaded)
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
-        steps, total, warmup = _schedule(recipe, len(dataset.train), processes)
+        dtype = choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full")
+        cache = plan_cache(recipe, model.skeleton, [*dataset.train, *dataset.eval], dtype, device, world)
+        steps, total, warmup = _schedule(recipe, len(dataset.train), world.size)
         plan = Plan(
             loaded,
             model,
@@ -115,9 +119,13 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, processes: int
             total,
             warmup,
             device,
-            choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full"),
-            disk_bytes(model.counted, recipe),
-            [*_notes(loaded, config, dataset), *_process_notes(recipe, processes)],
+            dtype,
+            disk_bytes(model.counted, recipe, cache),
+            [
+                *_notes(loaded, config, dataset),
+                *cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
+                *_process_notes(recipe, world.size),
+            ],
         )
         _check_disk(plan)
         return plan
@@ -225,13 +233,14 @@ def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, 
     return steps, total, min(warmup, total - 1)
 
 
-def disk_bytes(counted: Counted, recipe: Recipe) -> int:
-    """What the output folder will hold: checkpoints with two moments each, and the final weights."""
+def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None) -> int:
+    """What the output folder will hold: checkpoints with two moments each, the final weights, a cache meanwhile."""
     weights = 4 * counted.trainable
     checkpoints = recipe.training.save_total_limit + 2  # the best one, and the one being written
     final = weights if recipe.method == "lora" else 4 * counted.total
     base = 4 * counted.total if recipe.model.config is not None else 0
-    return 3 * weights * checkpoints + final + base
+    states = cache.bytes if cache is not None and cache.where == "disk" else 0
+    return 3 * weights * checkpoints + final + base + states
 
 
 def _check_disk(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
@@ -24,6 +25,7 @@ from lora_cli.distributed import ALONE, World
 from lora_cli.errors import UsageError
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
@@ -98,7 +100,7 @@ def train(
             if world.is_main:
                 held.enter_context(hold_folder(output.root))
         with world.together():
-            plan = make_plan(loaded, remote_code=remote_code, processes=world.size)
+            plan = make_plan(loaded, remote_code=remote_code, world=world)
         # 2. is this the beginning, the continuation or the end of a run?
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
         standing = find_standing(plan, output, checkpoints, world, fresh=fresh)
@@ -111,6 +113,9 @@ def train(
             model = build_model(plan, standing.base, remote_code=remote_code, world=world)
         with memory_errors(LOADING_CURE):
             network = choose_network(model, plan, world)
+            with world.together():
+                rows = [*plan.dataset.train, *plan.dataset.eval]
+                network = cached(network, plan.recipe, rows, plan.pad_id, output.root)
             observer.network(network)
             optimizer = FlatAdamW(model, plan.recipe.training)
         seed_dropout(plan, standing.state, world)
@@ -247,7 +252,7 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False, world: Wor
         shard_layers(model, plan.device)
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, recipe.training.gradient_checkpointing)
     return model
 
 
@@ -272,15 +277,6 @@ def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
             "they would be random",
             f"is this the right model? To train them from scratch, {cure}",
         )
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
 
 
 def build_run(

@@ -8,8 +8,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
+from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
-from lora_cli.fusion.sharding import decoder_layers
+from lora_cli.fusion.layers import repeated_layers
+from lora_cli.fusion.recompute import refuses
+from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
@@ -68,10 +71,17 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         message = "is stored quantized, and quantized bases are not supported yet"
         mistakes.append(Mistake(("model", "path"), message, "name the base that it was made from"))
-    if recipe.training.gradient_checkpointing and not model.skeleton.supports_gradient_checkpointing:
-        path = ("training", "gradient_checkpointing")
-        mistakes.append(Mistake(path, f"is not supported by {model.config.model_type} models", "remove it"))
-    if recipe.training.strategy == "fsdp" and not decoder_layers(model.skeleton):
+    if reason := refuses(
+        model.skeleton, recipe.training.gradient_checkpointing, choose_device(recipe.training.use_cpu)
+    ):
+        cure = "write true" if model.skeleton.supports_gradient_checkpointing else "remove it"
+        mistakes.append(Mistake(("training", "gradient_checkpointing"), reason, cure))
+    if recipe.training.cache_frozen_layers != "none":
+        try:
+            skippable(model.skeleton)
+        except RecipeError as error:
+            mistakes += error.mistakes
+    if recipe.training.strategy == "fsdp" and not repeated_layers(model.skeleton):
         path = ("training", "strategy")
         message = f"fsdp shards decoder layers, and transformers marks none in {model.config.model_type} models"
         mistakes.append(Mistake(path, message, "use ddp"))

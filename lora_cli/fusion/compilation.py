@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 from lora_cli.data.batches import PADDED
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
-from lora_cli.fusion.sharding import decoder_layers
 
 
 def compile_layers(network: Network) -> Network:
@@ -17,7 +19,8 @@ def compile_layers(network: Network) -> Network:
     model = network.model
     if network.end_to_end:
         model.set_attn_implementation(network.own_attention)
-    for module in decoder_layers(model) or [model]:
+    layers: list[nn.Module] = list(repeated_layers(model).values())
+    for module in layers or [model]:
         module.compile(dynamic=True)
     return replace(
         network, layout=PADDED, first_position=0, notes=(*network.notes, "rows are padded: layers are compiled")

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.fusion.attention import ROWS_KEYWORD
 from lora_cli.fusion.sharding import gathered
-from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
 from lora_cli.ops.low_rank import Projection, low_rank_linear
+from lora_cli.ops.sight import Sight
 
 Forward = partial[Any]
 # How far a form may be from the module's own code, as a share of its output's size: a rounding or two.
@@ -79,9 +80,8 @@ def _gated(module: nn.Module, activation: str, compile: bool, x: Tensor) -> Tens
 
 
 def _attention_forms(module: nn.Module, sight: Sight, compile: bool) -> Iterator[Forward]:
-    if isinstance(getattr(module, "head_dim", None), int) and _projections(
-        module, "q_proj", "k_proj", "v_proj", "o_proj"
-    ):
+    known = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "attention_dropout")
+    if known and _projections(module, "q_proj", "k_proj", "v_proj", "o_proj"):
         yield partial(_attention, module, sight, compile)
 
 

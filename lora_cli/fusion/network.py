@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import PADDED, Batch, Layout
 from lora_cli.fusion.attention import ROWS_KEYWORD
+from lora_cli.fusion.frozen import FrozenLayers
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import pad_rows
 
@@ -32,15 +33,27 @@ class Network:
     head: Head | None = None  # the output head as a formula, where it was shown to be one
     sharded: bool = False  # its layers lie in pieces, and a forward pass is one of all processes together
     forms: dict[str, int] = field(default_factory=dict)  # fused forms by kind, where modules were shown to have them
+    frozen: FrozenLayers | None = None  # layers that are run once a row
     notes: tuple[str, ...] = ()  # why something slower is used
 
     @property
     def end_to_end(self) -> bool:
         return self.layout.end_to_end
 
+    def _run(self, module: nn.Module, batch: Batch, **more: Any) -> Any:
+        """The model or its base on a batch; frozen layers only where a row is new to them."""
+        if self.frozen is None:
+            return module(**self._inputs(batch), **more)
+        with self.frozen.skipped(batch, self.base_output):
+            return module(**self._inputs(batch), **more)
+
+    def base_output(self, batch: Batch) -> Any:
+        """What the base gives, all of its layers run."""
+        return self.model.base_model(**self._inputs(batch))
+
     def hidden(self, batch: Batch) -> Tensor:
         """The base's last hidden states, (B, T, D) or (1, N, D)."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        return self._run(self.model.base_model, batch).last_hidden_state
 
     def supervised_hidden(self, batch: Batch) -> Tensor:
         """(M, D): the states that the targets are predicted from."""
@@ -49,11 +62,11 @@ class Network:
     def supervised_logits(self, batch: Batch) -> Tensor:
         """(M, V) through the model's own head, which runs on no more positions than it must."""
         if not takes_positions(self.model):
-            return self.model(**self._inputs(batch)).logits.flatten(0, 1).index_select(0, batch.places)
+            return self._run(self.model, batch).logits.flatten(0, 1).index_select(0, batch.places)
         if self.end_to_end:
-            return self.model(**self._inputs(batch), logits_to_keep=batch.places).logits[0]
+            return self._run(self.model, batch, logits_to_keep=batch.places).logits[0]
         columns_K, inverse_M = torch.unique(batch.places % batch.rows.longest, return_inverse=True)
-        logits_BKV = self.model(**self._inputs(batch), logits_to_keep=columns_K).logits
+        logits_BKV = self._run(self.model, batch, logits_to_keep=columns_K).logits
         return logits_BKV[batch.target_rows, inverse_M]
 
     def class_logits(self, batch: Batch) -> Tensor:
@@ -66,9 +79,9 @@ class Network:
             hidden_MD = self.hidden(batch).flatten(0, 1)
             return self.model.score(hidden_MD.index_select(0, self._last_places(batch).to(hidden_MD.device)))
         if not self.end_to_end:
-            return self.model(**self._inputs(batch)).logits
+            return self._run(self.model, batch).logits
         with unpacked_for_head(self.model, batch):
-            return self.model(**self._inputs(batch)).logits
+            return self._run(self.model, batch).logits
 
     def _last_places(self, batch: Batch) -> Tensor:
         """(B,): where each row's last token is, counted through all of the batch."""

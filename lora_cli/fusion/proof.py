@@ -31,6 +31,7 @@ from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.rows import Rows
 
 LENGTHS = (5, 2, 7)
+LEAST_SHARED = 64  # tokens that a shared prefix must spare to be worth its bookkeeping
 # How far a whole model may be off, relative to the size of its output: many roundings.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -111,7 +112,7 @@ class _Prover:
                 network = replace(plain, layout=_line(self.model), first_position=first)
                 sights = self._try_end_to_end(network, torch.cat(expected))
                 if sights is not None:
-                    return network, sights
+                    return self._sharing(network), sights
             self.model.set_attn_implementation(plain.own_attention)
             reason = "this architecture does not keep rows apart that are laid end to end"
         self.notes.append(f"rows are padded: {reason}")
@@ -139,6 +140,20 @@ class _Prover:
         kept_apart = close(disturbed[own:], found[own:], tolerance / 10)
         noticed = not close(disturbed[:own], found[:own], tolerance / 10)
         return rows.sights if close(found, expected, tolerance) and kept_apart and noticed else None
+
+    def _sharing(self, network: Network) -> Network:
+        """The network that computes a prefix of all rows once, if that gives what the rows alone give."""
+        if self.task != "causal_lm" or has_dropout(self.model):  # what is dropped is each row's own matter
+            return network
+        sharing = replace(network, layout=replace(network.layout, share=1))
+        rows = _with_prefix(self.examples)
+        try:
+            found = sharing.supervised_hidden(self._batch(sharing, rows))
+        except (RuntimeError, ValueError, IndexError):
+            return network
+        expected = network.supervised_hidden(self._batch(network, rows))
+        share = LEAST_SHARED if close(found, expected, TOLERANCES[found.dtype]) else 0
+        return replace(network, layout=replace(network.layout, share=share))
 
     # 2. fused forms
 
@@ -203,6 +218,12 @@ def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:
         yield Head(output.weight, output.bias, scale, float(cap) if cap else None)
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether a training pass draws random numbers."""
+    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 def _parameters(model: PreTrainedModel) -> frozenset[str]:
     import inspect
 
@@ -231,6 +252,19 @@ def _probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
             label,
         )
         for length in LENGTHS
+    ]
+
+
+def _with_prefix(examples: list[Example]) -> list[Example]:
+    """The rows behind a beginning that they have in common."""
+    begin = examples[-1].input_ids
+    return [
+        replace(
+            example,
+            input_ids=np.concatenate([begin, example.input_ids]),
+            supervised=np.concatenate([np.zeros(len(begin), dtype=bool), example.supervised]),
+        )
+        for example in examples
     ]
 
 

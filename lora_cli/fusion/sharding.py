@@ -16,14 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks that transformers marks, none of them inside another."""
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    inner = {module for layer in found for module in layer.modules() if module is not layer}
-    return [layer for layer in found if layer not in inner]
+from lora_cli.fusion.layers import repeated_layers
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -35,7 +29,7 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for layer in decoder_layers(model):
+    for layer in repeated_layers(model).values():
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     # A root without weights of its own: under it, the next layer is gathered while one computes.
     fully_shard(model.base_model, mesh=mesh, ignored_params=set(model.parameters()))
@@ -58,5 +52,5 @@ def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
 def _sharded_around(model: nn.Module, module: nn.Module) -> Any:
     from torch.distributed.fsdp import FSDPModule
 
-    layers = [layer for layer in decoder_layers(model) if isinstance(layer, FSDPModule)]
+    layers: list[Any] = [layer for layer in repeated_layers(model).values() if isinstance(layer, FSDPModule)]
     return next((layer for layer in layers if any(module is inside for inside in layer.modules())), None)

@@ -149,6 +149,15 @@ def _warmup_fits(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
+def _offload_is_not_compiled(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.training.gradient_checkpointing == "offload" and recipe.training.torch_compile:
+        yield Mistake(
+            ("training", "gradient_checkpointing"),
+            "offload cannot be combined with torch_compile: copies to the host would cut each compiled layer apart",
+            "use true or selective, or remove torch_compile",
+        )
+
+
 def _one_batch_size(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     both = ("global_batch_size", "gradient_accumulation_steps")
     if recipe.training.global_batch_size is not None and all(source.was_given("training", key) for key in both):
@@ -160,11 +169,37 @@ def _one_batch_size(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 
 def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    if recipe.training.strategy == "fsdp" and recipe.method != "lora":
+    training = recipe.training
+    if training.strategy == "fsdp" and training.cache_frozen_layers != "none":
+        yield Mistake(
+            ("training", "cache_frozen_layers"),
+            "cannot be combined with strategy: fsdp, whose layers have to run in every process alike",
+            "use ddp, or none",
+        )
+    if training.strategy == "fsdp" and recipe.method != "lora":
         yield Mistake(
             ("training", "strategy"),
             f"fsdp shards a base that stays frozen, and method: {recipe.method} writes a whole model",
             "use ddp, or method: lora",
+        )
+
+
+def _fsdp_runs_every_layer(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    training = recipe.training
+    if training.strategy != "fsdp":
+        return
+    if training.cache_frozen_layers != "none":
+        yield Mistake(
+            ("training", "cache_frozen_layers"),
+            "cannot be combined with fsdp: a process that skips a layer is missed by those that gather it",
+            "use strategy: ddp, or remove it",
+        )
+    if training.gradient_checkpointing == "offload":
+        yield Mistake(
+            ("training", "gradient_checkpointing"),
+            "offload cannot be combined with fsdp: it runs a layer's backward pass on its own, out of the order in "
+            "which layers are gathered",
+            "use true or selective",
         )
 
 
@@ -178,6 +213,8 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _evaluation_source,
     _known_metric,
     _warmup_fits,
+    _offload_is_not_compiled,
     _one_batch_size,
     _fsdp_is_for_lora,
+    _fsdp_runs_every_layer,
 ]

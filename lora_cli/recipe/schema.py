@@ -17,6 +17,7 @@ from lora_cli.recipe.types import (
     Cadence,
     CountOrFraction,
     Initialisation,
+    Recomputation,
     Split,
     StringList,
     Strings,
@@ -157,8 +158,16 @@ class TrainingSection(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's beta1")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's beta2")
     adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: Recomputation = Field(
+        False,
+        description="recompute activations in the backward pass, for less memory and more time: true (every layer), "
+        "selective (every second), or offload (every layer, and what waits for that does so in the host's memory: CUDA "
+        "only)",
+    )
+    cache_frozen_layers: Literal["none", "memory", "disk"] = Field(
+        "none",
+        description="run the layers below everything that is trained once a row instead of once an epoch, and keep "
+        "what they give: none, memory, or disk (in output_dir, while the run lasts)",
     )
     torch_compile: bool = Field(
         False, description="compile element-wise work (or the layers of a model without fused forms); always on CUDA"

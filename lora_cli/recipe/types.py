@@ -73,6 +73,12 @@ def initialisation(value: Any) -> bool | str:
     raise wrong(f"must be true or gaussian, not {_yaml(value)}")
 
 
+def recomputation(value: Any) -> bool | str:
+    if isinstance(value, bool) or value in ("selective", "offload"):
+        return value
+    raise wrong(f"must be true, false, selective or offload, not {_yaml(value)}")
+
+
 def trackers(value: Any) -> list[str]:
     items = [value] if isinstance(value, str) else value
     if items in (["none"], []):
@@ -110,4 +116,5 @@ Strings = Annotated[list[str], *_type(strings, _STRINGS)]
 TextOrTexts = Annotated[str | list[str], *_type(text_or_texts, _STRINGS)]
 Split = Annotated[str, *_type(split, {"type": "string"})]
 Initialisation = Annotated[bool | str, *_type(initialisation, {"enum": [True, "gaussian"]})]
+Recomputation = Annotated[bool | str, *_type(recomputation, {"enum": [False, True, "selective", "offload"]})]
 TrackerNames = Annotated[list[str], *_type(trackers, _STRINGS)]

@@ -180,6 +180,14 @@ def test_a_base_in_pieces_gives_the_same_adapter(recipe, tmp_path):
         torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_frozen_layers_that_run_once_a_row_give_the_same_run_in_two_processes(recipe, reference, tmp_path):
+    changes = BUSY | {"training.max_steps": 6, "training.cache_frozen_layers": "disk"}
+    changes |= {"lora.layers_to_transform": [1]}
+    alone = reference(**changes)
+    assert train(tmp_path / "two", recipe(**changes)) == [0, 0], printed(tmp_path / "two" / "rank-0")
+    close(tmp_path / "run", alone, rtol=1e-5)
+
+
 def bad_rows(tmp_path: Path) -> str:
     return str(write_jsonl(tmp_path / "bad.jsonl", [*chat_rows(5), {"messages": 3}]))
 

@@ -24,6 +24,7 @@ from lora_cli.commands import plan as plan_module
 from lora_cli.commands import train as train_command
 from lora_cli.commands.train import Outcome, train
 from lora_cli.fusion import forms, proof
+from lora_cli.fusion.frozen import FrozenLayers
 from lora_cli.ops import kernels
 from lora_cli.recipe import TrainingSection, load_recipe
 from lora_cli.report.training import Silence
@@ -39,6 +40,7 @@ class Seen(Silence):
     saves: list[int] = field(default_factory=list)
     eval_batches: list[int] = field(default_factory=list)
     forwards: int = 0  # of gated MLPs, with gradients
+    groups: list[int] = field(default_factory=list)  # rows whose frozen layers were run
     compiled: list[bool] = field(default_factory=list)  # whether each was to be compiled
     asked_for_cpu: list[bool] = field(default_factory=list)
     outcome: Outcome = None  # type: ignore[assignment]
@@ -77,11 +79,16 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
     def go(name: str = "run", script: list[dict[str, float]] | None = None, **changes: Any) -> Seen:
         seen = Seen()
         gated, choose_device = forms.gated_low_rank, plan_module.choose_device
+        compute = FrozenLayers._compute
 
         def forward(*inputs: Any, compile: bool) -> Tensor:
             seen.forwards += torch.is_grad_enabled()
             seen.compiled.append(compile)
             return gated(*inputs)
+
+        def computing(frozen: FrozenLayers, group: list[Any], *arguments: Any) -> None:
+            seen.groups.append(len(group))
+            compute(frozen, group, *arguments)
 
         def choose(use_cpu: bool) -> torch.device:
             seen.asked_for_cpu.append(use_cpu)
@@ -89,6 +96,7 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
 
         with monkeypatch.context() as patch:
             patch.setattr(forms, "gated_low_rank", forward)
+            patch.setattr(FrozenLayers, "_compute", computing)
             patch.setattr(proof, "why_not_compiled", lambda device: None)
             patch.setattr(kernels, "_compiled", lambda formula: formula)
             patch.setattr(plan_module, "choose_device", choose)
@@ -178,6 +186,18 @@ def adam_epsilon(before: Seen, after: Seen) -> None:
 
 def gradient_checkpointing(before: Seen, after: Seen) -> None:
     assert after.forwards == 2 * before.forwards > 0
+    assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
+
+
+def selective_checkpointing(before: Seen, after: Seen) -> None:
+    assert after.forwards == 1.5 * before.forwards > 0, "one of the two layers is computed twice"
+    assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
+
+
+def cache_frozen_layers(before: Seen, after: Seen) -> None:
+    """Beside the three rows of the proof, each group of four rows once in three epochs."""
+    assert before.groups == []
+    assert after.groups == [3, *[4] * 6]
     assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
 
 
@@ -271,7 +291,11 @@ TRIALS: dict[str, list[Trial]] = {
     "adam_beta1": [Trial(0.1, beta)],
     "adam_beta2": [Trial(0.1, beta)],
     "adam_epsilon": [Trial(1.0, adam_epsilon, ONE)],
-    "gradient_checkpointing": [Trial(True, gradient_checkpointing)],
+    "gradient_checkpointing": [Trial(True, gradient_checkpointing), Trial("selective", selective_checkpointing)],
+    "cache_frozen_layers": [
+        Trial(where, cache_frozen_layers, {"max_steps": 18, "lora.layers_to_transform": [1]})
+        for where in ("memory", "disk")
+    ],
     "torch_compile": [Trial(True, torch_compile)],
     "strategy": [Trial("fsdp", strategy)],
     "use_cpu": [Trial(False, use_cpu)],

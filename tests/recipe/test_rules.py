@@ -159,6 +159,26 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         )
         for method in ("full", "head")
     ),
+    *(
+        (
+            "_fsdp_runs_every_layer",
+            ["training.strategy=fsdp", f"training.{key}={value}"],
+            f"training.{key}",
+            message,
+            ["training.strategy=ddp", f"training.{key}={value}"],
+        )
+        for key, value, message in [
+            ("cache_frozen_layers", "disk", "cannot be combined with fsdp"),
+            ("gradient_checkpointing", "offload", "offload cannot be combined with fsdp"),
+        ]
+    ),
+    (
+        "_offload_is_not_compiled",
+        ["training.gradient_checkpointing=offload", "training.torch_compile=true"],
+        "training.gradient_checkpointing",
+        "offload cannot be combined with torch_compile",
+        ["training.gradient_checkpointing=selective", "training.torch_compile=true"],
+    ),
 ]
 
 

@@ -28,12 +28,23 @@ TAKEN: list[tuple[Callable[[Any], Any], Any, Any]] = [
     (types.split, "train[-10%:-1]", "train[-10%:-1]"),
     (types.initialisation, True, True),
     (types.initialisation, "gaussian", "gaussian"),
+    *((types.recomputation, value, value) for value in (True, False, "selective", "offload")),
     (types.trackers, "none", []),
     (types.trackers, [], []),
     (types.trackers, "wandb", ["wandb"]),
     (types.trackers, ["wandb", "trackio"], ["wandb", "trackio"]),
 ]
 REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
+    *(
+        (types.recomputation, value, f"must be true, false, selective or offload, not {shown}")
+        for value, shown in [
+            ("selectiv", "selectiv"),
+            (1, "1"),
+            (0, "0"),
+            (None, "empty"),
+            (["offload"], "['offload']"),
+        ]
+    ),
     *(
         (types.count_or_fraction, value, f"must be a count (0 or more) or a fraction between 0 and 1, not {shown}")
         for value, shown in [(-1, "-1"), (1.0, "1.0"), (-0.1, "-0.1"), (False, "false"), (True, "true"), ("1", "1")]

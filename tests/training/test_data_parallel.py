@@ -15,9 +15,10 @@ from lora_cli.data.batches import StepPlan, collate
 from lora_cli.device import memory_errors
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import NonFiniteError, OutOfMemoryError, ToldElsewhere, UsageError
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
-from lora_cli.fusion.sharding import decoder_layers, shard_layers
+from lora_cli.fusion.sharding import shard_layers
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import TASKS, CausalLM
 from lora_cli.training.evaluation import evaluate
@@ -41,7 +42,7 @@ def steps_of(world: World, plan: StepPlan, kind: str = "llama", how: str = "") -
     """Three steps: each one's loss and gradients, and the values at the end."""
     model = adapted(kind)
     if "checkpointed" in how:
-        checkpoint_activations(model)
+        checkpoint_activations(model, "selective" if "selective" in how else True)
     sharded = "sharded" in how and world.size > 1
     if sharded:
         shard_layers(model, CPU)
@@ -50,7 +51,12 @@ def steps_of(world: World, plan: StepPlan, kind: str = "llama", how: str = "") -
     heard = Deaf(world.rank, world.size) if "deaf" in how else world
     steps = train_steps(network, CausalLM, ROWS, plan, optimizer, SETTINGS, start=0, device=CPU, world=heard)
     seen = [(step.loss, step.num_tokens, optimizer.gradients.tolist()) for step in steps]
-    held = sum(parameter_bytes(p) for layer in decoder_layers(model) for p in layer.parameters() if not p.requires_grad)
+    held = sum(
+        parameter_bytes(p)
+        for layer in repeated_layers(model).values()
+        for p in layer.parameters()
+        if not p.requires_grad
+    )
     return {"steps": seen, "values": optimizer.values.tolist(), "forms": network.forms, "held": held}
 
 
@@ -117,7 +123,10 @@ def test_rows_per_step_count_all_processes():
 # --- sharded ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "how"), [("llama", "sharded"), ("gpt2", "sharded checkpointed")])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("llama", "sharded"), ("gpt2", "sharded checkpointed"), ("llama", "sharded selective checkpointed")],
+)
 def test_a_base_in_pieces_gives_the_same_steps(kind, how):
     """And is one: each process holds about half of the frozen layers. An epoch's last step has 2 rows and 1."""
     whole = Ranks(2).call(steps_of, TWO, kind)[0]

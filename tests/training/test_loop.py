@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
-from lora_cli.commands.train import checkpoint_activations
 from lora_cli.data.batches import PADDED, Layout, StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import NonFiniteError, OutOfMemoryError
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.recipe import LoraSection, TrainingSection
 from lora_cli.tasks import TASKS, CausalLM, SequenceClassification
 from lora_cli.training import loop
