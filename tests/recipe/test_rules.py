@@ -162,10 +162,10 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
     *(
         (
             "_fsdp_runs_every_layer",
-            ["training.strategy=fsdp", f"training.{key}={value}"],
+            ["training.strategy=fsdp", f"training.{key}={value}", "lora.layers_to_transform=[1]"],
             f"training.{key}",
             message,
-            ["training.strategy=ddp", f"training.{key}={value}"],
+            ["training.strategy=ddp", f"training.{key}={value}", "lora.layers_to_transform=[1]"],
         )
         for key, value, message in [
             ("cache_frozen_layers", "disk", "cannot be combined with fsdp"),
