@@ -22,8 +22,11 @@ demo: $(STAMP)  ## train the quickstart: under a minute on two cores
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest -n 2
 
-slow:  ## run the tests that the default suite leaves out
+slow: $(STAMP)  ## run the tests that the default suite leaves out
 	$(BIN)/pytest -m slow
+
+gpu: $(STAMP)  ## run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 check: format lint type test  ## format, lint, check types, test
 
@@ -43,4 +46,4 @@ bench: $(STAMP)  ## measure speed and memory
 clean:  ## remove what make made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help setup demo test slow check format lint type bench clean
+.PHONY: help setup demo test slow gpu check format lint type bench clean

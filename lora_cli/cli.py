@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_cli
-from lora_cli.errors import LoraError, Stopped
+from lora_cli.errors import LoraError, Stopped, ToldElsewhere, exit_code_of
 
 app = typer.Typer(
     name="lora",
@@ -62,12 +63,15 @@ def door(command: Callable[..., None]) -> Callable[..., None]:
 
 def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
     """Say what happened and return the exit code."""
+    code = exit_code_of(error)
+    if isinstance(error, ToldElsewhere):
+        return code
     if isinstance(error, LoraError):
-        code, text = error.exit_code, str(error)
+        text = f"{error.origin}{error}"
     elif isinstance(error, KeyboardInterrupt):
-        code, text = 130, "interrupted"
+        text = "interrupted"
     else:
-        code, text = 1, f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
+        text = f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
     if debug:
         traceback.print_exc()
     if not isinstance(error, Stopped):  # to stop when asked is no error
@@ -115,25 +119,61 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the earlier run is kept aside.")] = False,
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", metavar="N", help="Train in N processes, one on each GPU.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train; the same command again resumes. Writes the adapter and its figures to output_dir."""
+    from lora_cli.launch import launched
+
+    if nproc_per_node is not None:
+        flags = {"--fresh": fresh, "--trust-remote-code": trust_remote_code, "--json": as_json, "--debug": debug}
+        _start_processes(nproc_per_node, recipe, overrides or [], [flag for flag, given in flags.items() if given])
+    if not launched():
+        _train(recipe, overrides, fresh, trust_remote_code, as_json)
+        return
+    from lora_cli.distributed import joined
+
+    with joined() as world:
+        _train(recipe, overrides, fresh, trust_remote_code, as_json, world)
+
+
+def _start_processes(count: int, recipe: Path, overrides: list[str], flags: list[str]) -> None:
+    """Refuse what one process can refuse for all, start them, and leave with their exit code."""
+    from lora_cli.launch import check_devices, check_launch, launch
     from lora_cli.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)  # a mistake is told before anything heavy is imported
+    check_launch(count)
+    loaded = load_recipe(recipe, overrides)
+    check_devices(count, loaded.recipe.training.use_cpu)
+    raise typer.Exit(launch(count, ["train", *flags, "--", str(recipe), *overrides]))
+
+
+def _train(
+    recipe: Path, overrides: list[str] | None, fresh: bool, remote_code: bool, as_json: bool, world: Any = None
+) -> None:
+    from lora_cli.recipe import load_recipe
+
+    with world.together() if world else contextlib.nullcontext():
+        loaded = load_recipe(recipe, overrides)  # a mistake is told before anything heavy is imported
 
     from lora_cli.commands.train import train
+    from lora_cli.distributed import ALONE
     from lora_cli.report.console import make_console
     from lora_cli.report.training import Silence, TrainingScreen, show_outcome
 
+    world = world or ALONE
     console = make_console()
-    screen = Silence() if as_json else TrainingScreen(console)
+    screen = Silence() if as_json or not world.is_main else TrainingScreen(console)
     try:
-        outcome = train(loaded, screen, fresh=fresh, remote_code=trust_remote_code)
+        outcome = train(loaded, screen, fresh=fresh, remote_code=remote_code, world=world)
     finally:
         screen.close()
+    if outcome is None:  # the main process shows it
+        return
     if as_json:
         _print_json(outcome.summary.to_dict())
     else:

@@ -8,7 +8,9 @@
     ├── StorageError         5   storage is full, unwritable or damaged
     ├── DataError            6   rows that cannot be used
     ├── FolderInUseError     7   another run holds the output folder
-    └── Stopped        128 + n   signal n arrived; the state is saved
+    ├── LostProcessError     1   another process of the run was ended from outside
+    ├── Stopped        128 + n   signal n arrived; the state is saved
+    └── ToldElsewhere            another process of the run tells the error; this one leaves with its code
 
 Anything else that reaches the door (``cli.py``) is a bug: exit code 1 and a crash log.
 """
@@ -27,6 +29,8 @@ class LoraError(Exception):
     """Something the user can mend. ``message`` says what, ``help`` says how."""
 
     exit_code = 2
+    agreed = False  # whether all processes of the run know of it (``distributed.py``)
+    origin = ""  # which of them met it, where that is not the main one
 
     def __init__(self, message: str, help: str | None = None) -> None:
         super().__init__(message)
@@ -103,6 +107,10 @@ class FolderInUseError(LoraError):
     exit_code = 7
 
 
+class LostProcessError(LoraError):
+    exit_code = 1
+
+
 class SeveralErrors(LoraError):
     """Independent errors told together; the exit code is the first one's."""
 
@@ -149,3 +157,18 @@ class Stopped(LoraError):
     @property
     def signal_name(self) -> str:
         return signal.Signals(self.signum).name
+
+
+class ToldElsewhere(LoraError):
+    """Raised in the processes of a run that leave because of an error which another one tells."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run tells why")
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> int:
+    """1 is a bug."""
+    if isinstance(error, LoraError):
+        return error.exit_code
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1

@@ -28,6 +28,7 @@ ORDER = (
     "tensorfile.py",
     "storage.py",
     "distributed.py",
+    "launch.py",
     "device.py",
     "seeds.py",
     "errors.py",

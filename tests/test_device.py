@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 
 import pytest
 import torch
 
+from lora_cli import device
 from lora_cli.device import (
     choose_device,
     choose_dtype,
@@ -112,6 +114,17 @@ def test_peak_memory_of_the_cpu_is_that_of_the_process_in_bytes():
     peak = peak_memory_bytes(CPU)
     assert peak == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB
+
+
+def test_freed_memory_is_kept_where_the_c_library_can_and_left_alone_elsewhere(monkeypatch):
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        assert device.keep_freed_memory()
+
+    def missing(name: str) -> None:
+        raise OSError("libc.so.6: cannot open shared object file")
+
+    monkeypatch.setattr(device.ctypes, "CDLL", missing)
+    assert not device.keep_freed_memory()
 
 
 def test_free_memory_is_some_of_the_machine_s():

@@ -22,8 +22,8 @@ MAX_FILE, MAX_FUNCTION = 400, 70
 # A module imports from its own room, and from rooms on lower floors.
 FLOORS = [
     ["errors"],
-    ["seeds", "device", "storage", "recipe", "ops", "distributed"],
-    ["tensorfile", "hub"],
+    ["seeds", "device", "storage", "recipe", "ops", "launch"],
+    ["tensorfile", "hub", "distributed"],
     ["models", "adapters"],
     ["data"],
     ["fusion"],

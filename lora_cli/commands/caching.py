@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.encoding import Example
 from lora_cli.device import free_memory_bytes
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import layer_list
 from lora_cli.fusion.network import Network
@@ -34,9 +35,17 @@ class CachePlan:
 
 
 def plan_cache(
-    recipe: Recipe, model: PreTrainedModel, examples: list[Example], dtype: torch.dtype, device: torch.device
+    recipe: Recipe,
+    model: PreTrainedModel,
+    examples: list[Example],
+    dtype: torch.dtype,
+    device: torch.device,
+    world: World = ALONE,
 ) -> CachePlan | None:
-    """Raises ``RecipeError`` with the figures where the states do not fit. The model may be on the meta device."""
+    """Raises ``RecipeError`` with the figures where the states do not fit. The model may be on the meta device.
+
+    In the course of some epochs each process meets nearly every row, and keeps it for itself.
+    """
     where = recipe.training.cache_frozen_layers
     if where == "none":
         return None
@@ -44,8 +53,11 @@ def plan_cache(
     assert layers is not None, "checked before"
     tokens = sum(len(row) for row in {example.input_ids.tobytes(): example.input_ids for example in examples}.values())
     size = tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
+    copies = world.local_size if where == "memory" else world.size
+    size *= copies
     if where == "memory":
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if device.type == "cpu" else 0
+        weights *= copies
         free, beside = free_memory_bytes() - weights, " beside the model" if weights else ""
     else:
         free, beside = free_bytes(recipe.output_path), f" in {recipe.output_path}"

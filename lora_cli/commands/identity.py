@@ -23,6 +23,8 @@ FREE_KEYS = {
     "training.cache_frozen_layers",
     "training.per_device_train_batch_size",  # the rows of a step are compared
     "training.gradient_accumulation_steps",
+    "training.global_batch_size",
+    "training.strategy",  # where the frozen base lies
 }
 
 
@@ -65,7 +67,10 @@ def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
             what = {"rows": "holds other rows", "base": "holds other weights"}[name]
             message = f"{what} than when this run began"
         elif name == "rows_per_step":
-            message = f"x gradient_accumulation_steps made {before} rows a step when this run began, and makes {after}"
+            message = (
+                f"x gradient_accumulation_steps x processes (or global_batch_size) made {before} rows a step when this "
+                f"run began, and makes {after}"
+            )
         else:
             message = f"was {before} when this run began, and is {after}"
         mistakes.append(Mistake(path, message, _CURE))

@@ -106,6 +106,8 @@ def resolved_text(plan: Plan) -> str:
     values = plan.recipe.model_dump(exclude_none=True)
     if plan.recipe.training.max_grad_norm is None:
         values["training"]["max_grad_norm"] = None  # the one null that is not the default: do not clip
+    if plan.recipe.training.global_batch_size is not None:
+        del values["training"]["gradient_accumulation_steps"]  # only one of them may be named
     commit = plan.model.folder.commit if plan.model.folder else None
     if commit:
         values["model"]["revision"] = commit

@@ -24,6 +24,7 @@ from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
 from lora_cli.device import choose_device, choose_dtype
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
@@ -77,7 +78,7 @@ def located(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
+def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World = ALONE) -> Plan:
     """Read configuration, tokenizer and rows; find targets; count. Raises what is wrong with any of them."""
     with located(loaded), quiet():
         recipe, problems = loaded.recipe, Problems()
@@ -106,8 +107,8 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
         dtype = choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full")
-        cache = plan_cache(recipe, model.skeleton, [*dataset.train, *dataset.eval], dtype, device)
-        steps, total, warmup = _schedule(recipe, len(dataset.train))
+        cache = plan_cache(recipe, model.skeleton, [*dataset.train, *dataset.eval], dtype, device, world)
+        steps, total, warmup = _schedule(recipe, len(dataset.train), world.size)
         plan = Plan(
             loaded,
             model,
@@ -120,7 +121,11 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
             device,
             dtype,
             disk_bytes(model.counted, recipe, cache),
-            _notes(loaded, config, dataset) + cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
+            [
+                *_notes(loaded, config, dataset),
+                *cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
+                *_process_notes(recipe, world.size),
+            ],
         )
         _check_disk(plan)
         return plan
@@ -206,14 +211,19 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _schedule(recipe: Recipe, num_rows: int) -> tuple[StepPlan, int, int]:
+def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, int, int]:
     training = recipe.training
+    if training.global_batch_size is not None and training.global_batch_size < processes:
+        message = f"{training.global_batch_size} rows a step leave some of {processes} processes without any"
+        raise RecipeError([Mistake(("training", "global_batch_size"), message, "use fewer processes")])
     steps = StepPlan(
         num_rows,
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         training.seed,
         recipe.dataset.shuffle,
+        processes,
+        training.global_batch_size,
     )
     total = training.max_steps or max(1, steps_in(float(training.num_train_epochs), steps.steps_per_epoch))
     warmup = steps_in(training.warmup_steps, total)
@@ -267,3 +277,9 @@ def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> 
         ]
         notes += [f"training.{key} has no effect without evaluation rows" for key in idle]
     return notes
+
+
+def _process_notes(recipe: Recipe, processes: int) -> list[str]:
+    if recipe.training.strategy == "fsdp" and processes == 1:
+        return ["training.strategy: fsdp shards nothing in a single process"]
+    return []

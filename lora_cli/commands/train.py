@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.files import load_trained
@@ -21,20 +21,21 @@ from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare
 from lora_cli.device import keep_freed_memory, memory_errors
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import UsageError
-from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
-from lora_cli.fusion.proof import build_network
+from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
+from lora_cli.fusion.sharding import shard_layers
 from lora_cli.hub import model_folder, weight_files
 from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact, new_folder
 from lora_cli.tasks import TASKS
-from lora_cli.training.checkpoint import Checkpoints, State, read_trained, restore
+from lora_cli.training.checkpoint import Checkpoints, State, read_trained, restore, state_of
 from lora_cli.training.loop import LoopSettings
-from lora_cli.training.metrics import MetricsFile, build_trackers
+from lora_cli.training.metrics import MetricsFile, NoMetrics, build_trackers
 from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.run import Observer, Run
 from lora_cli.training.signals import StopRequest
@@ -46,6 +47,8 @@ class TrainObserver(Observer, Protocol):
     """A run's observer that is also told of its beginning."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def network(self, network: Network) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,47 +62,70 @@ class Outcome:
     already_finished: bool = False
 
 
-def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False, remote_code: bool = False) -> Outcome:
-    """Train as the recipe says. Raises any ``LoraError``; ``Stopped`` after a signal."""
-    # 1. everything that can be wrong before a weight is read
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands when a session begins, in the eyes of all its processes."""
+
+    state: State
+    checkpoint: Path | None  # known to the main process: it reads for all
+    identity: dict[str, Any]
+    base: Path
+    set_aside: Path | None = None
+    summary: Summary | None = None  # of a run that is finished
+
+    @property
+    def source(self) -> str:
+        return os.fspath(self.base)
+
+
+def train(
+    loaded: LoadedRecipe,
+    observer: TrainObserver,
+    *,
+    fresh: bool = False,
+    remote_code: bool = False,
+    world: World = ALONE,
+) -> Outcome | None:
+    """Train as the recipe says. Raises any ``LoraError``; ``Stopped`` after a signal.
+
+    Of several processes, all do the same work on rows of their own; the main one alone writes files, and has
+    an outcome to show.
+    """
     output = OutputFolder(loaded.recipe.output_path, loaded.recipe.method)
-    output.check_usable()
-    name = loaded.recipe.model.path
-    if name is not None and os.path.isdir(name):
-        weight_files(Path(name))
-    with located(loaded), hold_folder(output.root):
-        plan = make_plan(loaded, remote_code=remote_code)
+    with located(loaded), ExitStack() as held:
+        # 1. everything that can be wrong before a weight is read
+        with world.together():
+            world.take_device(loaded.recipe.training.use_cpu)
+            check_places(loaded, output, world)
+            if world.is_main:
+                held.enter_context(hold_folder(output.root))
+        with world.together():
+            plan = make_plan(loaded, remote_code=remote_code, world=world)
         # 2. is this the beginning, the continuation or the end of a run?
-        set_aside = output.set_aside() if fresh else None
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
-        found = checkpoints.newest()
-        if found is None:
-            output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
-        base = base_folder(plan, output, made_before=found is not None)
-        now = identity(plan, fingerprint(base))
-        state = found[1] if found else State(run=now)
-        check_same_run(state.run, now)
-        output.write_recipe(plan)
-        observer.begins(plan, output, state, set_aside)
-        summary = output.read_summary()
-        if is_finished(plan, state) and summary is not None and is_intact(output.result):
-            metrics = MetricsFile(output.metrics, state.metrics_bytes)
-            return Outcome(plan, output, summary, metrics.read(), already_finished=True)
+        standing = find_standing(plan, output, checkpoints, world, fresh=fresh)
+        observer.begins(plan, output, standing.state, standing.set_aside)
+        if world.tell(standing.summary is not None):
+            return finished_outcome(plan, output, standing) if world.is_main else None
         keep_freed_memory()
         # 3. the model, and the weights of the checkpoint
+        with world.together(), memory_errors(LOADING_CURE):
+            model = build_model(plan, standing.base, remote_code=remote_code, world=world)
         with memory_errors(LOADING_CURE):
-            model = build_model(plan, base, remote_code=remote_code)
-            network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
-            network = cached(network, plan.recipe, [*plan.dataset.train, *plan.dataset.eval], plan.pad_id, output.root)
+            network = choose_network(model, plan, world)
+            with world.together():
+                rows = [*plan.dataset.train, *plan.dataset.eval]
+                network = cached(network, plan.recipe, rows, plan.pad_id, output.root)
+            observer.network(network)
             optimizer = FlatAdamW(model, plan.recipe.training)
-        torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
-        if found:
-            restore(found[0], model, optimizer)
+        seed_dropout(plan, standing.state, world)
+        if world.tell(standing.checkpoint is not None):
+            restore(standing.checkpoint or Path(), model, optimizer, world)
         # 4. train
-        config = adapter_config(
-            plan, model, base=str(base) if plan.model.folder is None else plan.recipe.model.path or ""
-        )
-        run = build_run(plan, output, network, optimizer, checkpoints, state, config, observer)
+        named = standing.source if plan.model.folder is None else plan.recipe.model.path or ""
+        config = adapter_config(plan, model, base=named)
+        with world.together():
+            run = build_run(plan, output, network, optimizer, checkpoints, standing.state, config, observer, world)
         with run.stop:
             try:
                 run.execute()
@@ -107,12 +133,71 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
                 for tracker in run.trackers:
                     tracker.close()
         # 5. the best adapter, and the figures
-        if state.best is not None and state.best.step != state.step:
-            load_trained(model, read_trained(checkpoints.intact(state.best.step)))
-        lines = run.metrics.read()
-        summary = summarise(plan, output.result, state, lines)
-        save_result(output, plan, model, config, summary, now["base"])
-        return Outcome(plan, output, summary, lines)
+        with world.together():
+            return deliver(plan, output, run, standing) if world.is_main else None
+
+
+def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World) -> None:
+    """Refuse an output folder or a model's folder that cannot be used, before the rows are read."""
+    if world.is_main:
+        output.check_usable()
+    name = loaded.recipe.model.path
+    if name is not None and os.path.isdir(name):
+        weight_files(Path(name))
+
+
+def find_standing(plan: Plan, output: OutputFolder, checkpoints: Checkpoints, world: World, *, fresh: bool) -> Standing:
+    """The main process looks into the output folder, and the others are told."""
+    set_aside, found, state = None, None, State()
+    with world.together():
+        if world.is_main:
+            set_aside = output.set_aside() if fresh else None
+            found = checkpoints.newest()
+            if found is None:
+                output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
+            base = base_folder(plan, output, made_before=found is not None)
+    with world.together():
+        if not world.is_main:
+            base = known_base(plan, output)
+        now = identity(plan, fingerprint(base))
+    world.check_same(now)
+    summary = None
+    with world.together():
+        if world.is_main:
+            state = found[1] if found else State(run=now)
+            check_same_run(state.run, now)
+            output.write_recipe(plan)
+            summary = output.read_summary() if is_finished(plan, state) and is_intact(output.result) else None
+    if world.size > 1:
+        state = state_of(world.tell(asdict(state)))
+    return Standing(state, found[0] if found else None, now, base, set_aside, summary)
+
+
+def finished_outcome(plan: Plan, output: OutputFolder, standing: Standing) -> Outcome:
+    assert standing.summary is not None
+    metrics = MetricsFile(output.metrics, standing.state.metrics_bytes)
+    return Outcome(plan, output, standing.summary, metrics.read(), already_finished=True)
+
+
+def seed_dropout(plan: Plan, state: State, world: World) -> None:
+    """Every process drops other units.
+
+    A checkpoint of as many processes holds where their streams stand, and ``restore`` puts that back; where the
+    number of processes has changed, the streams begin anew, named by step and rank.
+    """
+    names: list[str | int] = ["dropout", *([state.step] if state.step else []), *([world.rank] if world.rank else [])]
+    torch.manual_seed(stream_seed(plan.recipe.training.seed, *names))
+
+
+def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing) -> Outcome:
+    """Put the best adapter into the output folder, with the run's figures."""
+    state, model = run.state, run.network.model
+    if state.best is not None and state.best.step != state.step:
+        load_trained(model, read_trained(run.checkpoints.intact(state.best.step)))
+    lines = run.metrics.read()
+    summary = summarise(plan, output.result, state, lines)
+    save_result(output, plan, model, run.adapter_config, summary, standing.identity["base"])
+    return Outcome(plan, output, summary, lines)
 
 
 def is_finished(plan: Plan, state: State) -> bool:
@@ -134,7 +219,21 @@ def base_folder(plan: Plan, output: OutputFolder, *, made_before: bool) -> Path:
     return output.base
 
 
-def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrainedModel:
+def known_base(plan: Plan, output: OutputFolder) -> Path:
+    """The same folder for the processes that do not make it."""
+    if plan.model.folder is None and not is_intact(output.base):
+        raise UsageError(
+            f"the random base that the main process wrote to {output.base} is not to be seen here",
+            "set output_dir to a folder that all machines share",
+        )
+    return base_folder(plan, output, made_before=True)
+
+
+def is_sharded(plan: Plan, world: World) -> bool:
+    return plan.recipe.training.strategy == "fsdp" and world.size > 1
+
+
+def build_model(plan: Plan, base: Path, *, remote_code: bool = False, world: World = ALONE) -> PreTrainedModel:
     """The base with its weights, adapters attached and initialised, on the device, ready to train."""
     recipe = plan.recipe
     torch.manual_seed(stream_seed(recipe.training.seed, "head"))  # transformers draws what the files do not hold
@@ -149,12 +248,21 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False) -> PreTrai
     _check_missing(missing, plan, base)
     prepare(model, recipe)
     initialise(adapters_of(model), recipe.lora.init_lora_weights, recipe.training.seed)
+    if is_sharded(plan, world):
+        shard_layers(model, plan.device)
     model.to(plan.device)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model, recipe.training.gradient_checkpointing)
-    if recipe.training.torch_compile:
-        compile_layers(model)
     return model
+
+
+def choose_network(model: PreTrainedModel, plan: Plan, world: World) -> Network:
+    """The fastest way to run the model that is shown to be right on it."""
+    build = build_compiled_network if plan.recipe.training.torch_compile else build_network
+    sharded = is_sharded(plan, world)
+    with nullcontext() if sharded else world.together():  # sharded, one that fails is missed by the others at once
+        network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+    return replace(network, sharded=sharded)
 
 
 def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
@@ -171,12 +279,6 @@ def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
         )
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected."""
-    for module in list(repeated_layers(model).values()) or [model]:
-        module.compile(dynamic=True)
-
-
 def build_run(
     plan: Plan,
     output: OutputFolder,
@@ -186,9 +288,11 @@ def build_run(
     state: State,
     config: dict[str, Any] | None,
     observer: Observer,
+    world: World = ALONE,
 ) -> Run:
     """A run ready to execute, its numbers resolved from the recipe and the plan."""
     training = plan.recipe.training
+    trackers = training.report_to if world.is_main else []
     return Run(
         network=network,
         task=TASKS[plan.recipe.task],
@@ -206,11 +310,12 @@ def build_run(
         ),
         optimizer=optimizer,
         checkpoints=checkpoints,
-        metrics=MetricsFile(output.metrics, state.metrics_bytes),
-        trackers=build_trackers(training.report_to, output.root, plan.recipe.model_dump(mode="json"), state.step),
+        metrics=MetricsFile(output.metrics, state.metrics_bytes) if world.is_main else NoMetrics(output.metrics),
+        trackers=build_trackers(trackers, output.root, plan.recipe.model_dump(mode="json"), state.step),
         adapter_config=config,
         state=state,
         observer=observer,
-        stop=StopRequest(),
+        stop=StopRequest(world),
         device=plan.device,
+        world=world,
     )

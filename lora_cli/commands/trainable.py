@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.recompute import refuses
 from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
@@ -80,6 +81,10 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
             skippable(model.skeleton)
         except RecipeError as error:
             mistakes += error.mistakes
+    if recipe.training.strategy == "fsdp" and not repeated_layers(model.skeleton):
+        path = ("training", "strategy")
+        message = f"fsdp shards decoder layers, and transformers marks none in {model.config.model_type} models"
+        mistakes.append(Mistake(path, message, "use ddp"))
     if model.config.is_encoder_decoder:
         message = f"is an encoder-decoder ({model.config.model_type}), which this tool does not train"
         mistakes.append(Mistake(("model", "path"), message))

@@ -29,11 +29,16 @@ class Layout:
     """How the rows of a batch lie: side by side and padded on the right, or end to end in a single line.
 
     A line's length is filled up to a ``multiple`` with a row of padding that nothing looks at, where matrix
-    products of odd sizes are slow.
+    products of odd sizes are slow; a short line is left as it is.
     """
 
     end_to_end: bool = False
     multiple: int = 1
+    share: int = 0  # a prefix that all rows begin with is computed once if that spares so many tokens; 0: never
+
+    def filling(self, tokens: int) -> int:
+        """How many tokens of padding a line of so many real ones gets: a tenth at most."""
+        return -tokens % self.multiple if self.end_to_end and tokens >= 10 * self.multiple else 0
 
 
 PADDED = Layout()
@@ -69,7 +74,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real ones: neither padding nor filling."""
-        return sum(self.rows.lengths[: self.num_rows])
+        first = 1 if self.rows.prefix else 0
+        return self.rows.prefix * self.num_rows + sum(self.rows.lengths[first : first + self.num_rows])
 
     def attention_mask(self) -> Tensor:
         """(B, T) int64, 1 on tokens and 0 on padding."""
@@ -96,22 +102,25 @@ class Batch:
 
 def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Batch:
     """One batch of these rows. Padding is known by position, never by its id."""
-    lengths = [len(example.input_ids) for example in examples]
-    longest = 0 if layout.end_to_end else max(lengths)
-    starts = [0, *accumulate(longest or length for length in lengths)]
-    filling = -starts[-1] % layout.multiple if layout.end_to_end else 0
+    prefix = shared_prefix(examples, layout.share) if layout.end_to_end else 0
+    lengths = [len(example.input_ids) - prefix for example in examples]
+    width = 0 if layout.end_to_end else max(lengths)  # from one row's beginning to the next one's; 0: its length
+    starts = list(accumulate((width or length for length in lengths), initial=prefix))
+    filling = layout.filling(starts[-1])
     ids = np.full(starts[-1] + filling, pad_id, dtype=np.int64)
+    ids[:prefix] = examples[0].input_ids[:prefix]
     places, targets = [], []
     for example, start in zip(examples, starts, strict=False):
-        ids[start : start + len(example.input_ids)] = example.input_ids
+        ids[start : start + len(example.input_ids) - prefix] = example.input_ids[prefix:]
         supervised = np.flatnonzero(example.supervised)
-        places.append(supervised + (start - 1))
+        places.append(supervised + (start - prefix - 1))
         targets.append(example.input_ids[supervised].astype(np.int64))
+    lengths = [*([prefix] if prefix else []), *lengths, *([filling] if filling else [])]
     counts = torch.tensor([len(found) for found in places])
     labels = None if examples[0].label is None else torch.tensor([example.label for example in examples])
     return Batch(
         torch.from_numpy(ids.reshape(1 if layout.end_to_end else len(examples), -1)),
-        Rows.of([*lengths, filling] if filling else lengths),
+        Rows.of(lengths, prefix=prefix, filled=filling > 0),
         torch.from_numpy(np.concatenate(places)),
         torch.from_numpy(np.concatenate(targets)),
         torch.repeat_interleave(torch.arange(len(examples)), counts),
@@ -122,19 +131,40 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
     )
 
 
+def shared_prefix(examples: list[Example], least: int) -> int:
+    """How many tokens all rows begin with, if computing them once spares at least ``least`` tokens; else 0.
+
+    It ends before any row's first target is predicted, and leaves every row a token of its own.
+    """
+    if not least or len(examples) < 2 or examples[0].label is not None:
+        return 0
+    firsts = [np.flatnonzero(example.supervised)[:1].sum() or len(example.input_ids) for example in examples]
+    most = max(0, min(firsts) - 1)
+    ids = np.stack([example.input_ids[:most] for example in examples])
+    differs = np.flatnonzero((ids != ids[0]).any(0))
+    prefix = int(differs[0]) if len(differs) else ids.shape[1]
+    return prefix if prefix * (len(examples) - 1) >= least else 0
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows per optimizer step, and how they are cut into micro-batches."""
+    """Rows per optimizer step, and how they are cut into micro-batches.
+
+    With a ``global_batch_size`` a step has so many rows, however many processes share them; else each process
+    has ``accumulation`` micro-batches.
+    """
 
     num_rows: int
     micro_batch_size: int
     accumulation: int
     seed: int
     shuffle: bool = True
+    num_processes: int = 1
+    global_batch_size: int | None = None
 
     @property
     def rows_per_step(self) -> int:
-        return self.micro_batch_size * self.accumulation
+        return self.global_batch_size or self.micro_batch_size * self.accumulation * self.num_processes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -162,6 +192,10 @@ class StepPlan:
         share = self.rows(examples, step)[world.rank :: world.size]
         size = self.micro_batch_size
         return [share[start : start + size] for start in range(0, len(share), size)]
+
+    def num_micro_batches(self, step: int, world: World = ALONE) -> int:
+        """How many the main process has in a step: no other one has more."""
+        return math.ceil(math.ceil(len(self.rows_of(step)) / world.size) / self.micro_batch_size)
 
 
 @lru_cache(maxsize=2)

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import Sight
 
 ROWS = "lora_rows"
 ROWS_KEYWORD = "row_lengths"  # of the base model's forward; holds a ``Rows``

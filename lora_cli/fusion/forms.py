@@ -18,26 +18,28 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.fusion.attention import ROWS_KEYWORD
-from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.fusion.sharding import gathered
+from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
 from lora_cli.ops.low_rank import Projection, low_rank_linear
+from lora_cli.ops.sight import Sight
 
 Forward = partial[Any]
 # How far a form may be from the module's own code, as a share of its output's size: a rounding or two.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-def forms_of(module: nn.Module, sights: dict[Any, Any]) -> Iterator[Forward]:
+def forms_of(module: nn.Module, sights: dict[Any, Any], compile: bool) -> Iterator[Forward]:
     """The forms that this module may have, by its looks; ``sights`` holds what its attention was asked for."""
     if has_hooks(module):
         return
     if type(module).__name__.endswith("RMSNorm"):
-        yield from _norm_forms(module)
+        yield from _norm_forms(module, compile)
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        yield from _gated_forms(module)
+        yield from _gated_forms(module, compile)
     elif module in sights and all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")):
-        yield from _attention_forms(module, sights[module])
+        yield from _attention_forms(module, sights[module], compile)
 
 
 def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
@@ -46,22 +48,22 @@ def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
     return found if len(found) == len(names) else None
 
 
-def _norm_forms(module: nn.Module) -> Iterator[Forward]:
+def _norm_forms(module: nn.Module, compile: bool) -> Iterator[Forward]:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.requires_grad and isinstance(eps, float):
         for offset in (0.0, 1.0):
-            yield partial(_norm, module, eps, offset)
+            yield partial(_norm, module, eps, offset, compile)
 
 
-def _norm(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, eps, offset)
+def _norm(module: Any, eps: float, offset: float, compile: bool, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps, offset, compile=compile)
 
 
-def _gated_forms(module: Any) -> Iterator[Forward]:
+def _gated_forms(module: Any, compile: bool) -> Iterator[Forward]:
     activation = _activation_name(module.act_fn)
     if activation is not None and _projections(module, "gate_proj", "up_proj", "down_proj"):
-        yield partial(_gated, module, activation)
+        yield partial(_gated, module, activation, compile)
 
 
 def _activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
@@ -70,23 +72,23 @@ def _activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
     return next(equal, None)
 
 
-def _gated(module: nn.Module, activation: str, x: Tensor) -> Tensor:
+def _gated(module: nn.Module, activation: str, compile: bool, x: Tensor) -> Tensor:
     projections = _projections(module, "gate_proj", "up_proj", "down_proj")
     assert projections is not None
     gate, up = low_rank_linear(x, projections[:2])
-    return gated_low_rank(gate, up, activation, projections[2])
+    return gated_low_rank(gate, up, activation, projections[2], compile=compile)
 
 
-def _attention_forms(module: nn.Module, sight: Sight) -> Iterator[Forward]:
-    if isinstance(getattr(module, "head_dim", None), int) and _projections(
-        module, "q_proj", "k_proj", "v_proj", "o_proj"
-    ):
-        yield partial(_attention, module, sight)
+def _attention_forms(module: nn.Module, sight: Sight, compile: bool) -> Iterator[Forward]:
+    known = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "attention_dropout")
+    if known and _projections(module, "q_proj", "k_proj", "v_proj", "o_proj"):
+        yield partial(_attention, module, sight, compile)
 
 
 def _attention(
     module: Any,
     sight: Sight,
+    compile: bool,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
@@ -98,8 +100,8 @@ def _attention(
     assert projections is not None and attention_mask is None and past_key_values is None
     cos_ND, sin_ND = (table[0] for table in position_embeddings)
     query, key, value = low_rank_linear(hidden_states[0], projections[:3])
-    query_NHD = rotate(_heads(query, module, "q_norm"), cos_ND, sin_ND)
-    key_NHD = rotate(_heads(key, module, "k_norm"), cos_ND, sin_ND)
+    query_NHD = rotate(_heads(query, module, "q_norm"), cos_ND, sin_ND, compile=compile)
+    key_NHD = rotate(_heads(key, module, "k_norm"), cos_ND, sin_ND, compile=compile)
     value_NHD = value.unflatten(-1, (-1, module.head_dim))
     dropout = module.attention_dropout if module.training else 0.0
     out_NHD = attend_rows(query_NHD, key_NHD, value_NHD, kwargs[ROWS_KEYWORD], sight, dropout)
@@ -120,6 +122,7 @@ class Calls:
     """Notes the modules' calls during one forward pass: what each was given and what it gave."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
         clean = [module for module in model.modules() if not has_hooks(module)]
         self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
@@ -131,11 +134,13 @@ class Calls:
         for handle in self._handles:
             handle.remove()
 
-    def proven_forms(self, sights: dict[Any, Any]) -> dict[nn.Module, Forward]:
+    def proven_forms(self, sights: dict[Any, Any], compile: bool) -> dict[nn.Module, Forward]:
         """The first form of each module that gives what the module gave."""
         proven = {}
         for module, (args, kwargs, output) in self._notes.items():
-            form = next((form for form in forms_of(module, sights) if _agrees(form, args, kwargs, output)), None)
+            with gathered(self._model, module):
+                possible = forms_of(module, sights, compile)
+                form = next((form for form in possible if _agrees(form, args, kwargs, output)), None)
             if form is not None:
                 proven[module] = form
         return proven

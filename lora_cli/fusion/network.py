@@ -29,9 +29,12 @@ class Network:
     model: PreTrainedModel
     layout: Layout = PADDED  # end to end where the model was shown to keep such rows apart
     first_position: int = 0  # RoBERTa counts from 2
+    own_attention: str = "sdpa"  # the attention that the model would use by itself
     head: Head | None = None  # the output head as a formula, where it was shown to be one
+    sharded: bool = False  # its layers lie in pieces, and a forward pass is one of all processes together
+    forms: dict[str, int] = field(default_factory=dict)  # fused forms by kind, where modules were shown to have them
     frozen: FrozenLayers | None = None  # layers that are run once a row
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()  # why something slower is used
 
     @property
     def end_to_end(self) -> bool:

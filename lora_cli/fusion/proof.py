@@ -21,13 +21,17 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.layer import projection_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
+from lora_cli.errors import UsageError
 from lora_cli.fusion.attention import ROWS
+from lora_cli.fusion.compilation import compile_layers
 from lora_cli.fusion.forms import Calls, abandon, adopt, close
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.ops.cross_entropy import Head
+from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.rows import Rows
 
 LENGTHS = (5, 2, 7)
+LEAST_SHARED = 64  # tokens that a shared prefix must spare to be worth its bookkeeping
 # How far a whole model may be off, relative to the size of its output: many roundings.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -43,33 +47,48 @@ class ObservedRows(Rows):
 
 
 @torch.no_grad()
-def build_network(model: PreTrainedModel, task: str, *, attention: str = "auto", fused: bool = True) -> Network:
+def build_network(
+    model: PreTrainedModel, task: str, *, attention: str = "auto", fused: bool = True, compile: bool = False
+) -> Network:
     """The fastest way to run this model that is shown to be right. The model is on its device, adapters attached.
 
-    ``attention`` other than auto is a person's choice of kernel: rows are then padded, as it expects.
+    ``attention`` other than auto is a person's choice of kernel: rows are then padded, as it expects. ``compile``
+    makes single kernels of the fused forms' element-wise work, as is always tried on CUDA.
     """
     was_training = model.training
     model.eval()
     try:
-        return _Prover(model, task).network(end_to_end=attention == "auto", fused=fused)
+        return _Prover(model, task, compile).network(end_to_end=attention == "auto", fused=fused)
     finally:
         model.train(was_training)
 
 
+def build_compiled_network(model: PreTrainedModel, task: str, *, attention: str = "auto") -> Network:
+    """What `training.torch_compile` asks for: fused forms compiled, or whole layers of a model that has none.
+
+    Raises ``UsageError`` where nothing can be compiled.
+    """
+    if reason := why_not_compiled(next(model.parameters()).device):
+        raise UsageError(f"training.torch_compile cannot work here: {reason}", "remove it, or install a C++ compiler")
+    network = build_network(model, task, attention=attention, compile=True)
+    return network if network.forms else compile_layers(network)
+
+
 class _Prover:
-    def __init__(self, model: PreTrainedModel, task: str) -> None:
+    def __init__(self, model: PreTrainedModel, task: str, compile: bool) -> None:
         self.model, self.task = model, task
         self.device = next(model.parameters()).device
+        self.compile = compile or self.device.type == "cuda"
         self.examples = _probe_examples(model, task)
         self.notes: list[str] = []
 
     def network(self, *, end_to_end: bool, fused: bool) -> Network:
-        plain = Network(self.model)
+        plain = Network(self.model, own_attention=str(self.model.config._attn_implementation))
         expected = [self._answer(plain, [example]) for example in self.examples]
         network, sights = self._end_to_end(plain, expected) if end_to_end else (plain, {})
         if fused:
-            self._adopt_forms(network, sights, expected)
-            network = replace(network, head=self._head(network))
+            forms = self._adopt_forms(network, sights)
+            network = replace(network, forms=forms, head=self._head(network))
         return replace(network, notes=tuple(self.notes))
 
     def _batch(self, network: Network, examples: list[Example]) -> Batch:
@@ -89,13 +108,12 @@ class _Prover:
         """The network that lays rows end to end, or ``plain`` and a note why not."""
         reason = self._why_not_end_to_end()
         if reason is None:
-            before = self.model.config._attn_implementation
             for first in _first_positions(self.model):
                 network = replace(plain, layout=_line(self.model), first_position=first)
                 sights = self._try_end_to_end(network, torch.cat(expected))
                 if sights is not None:
-                    return network, sights
-            self.model.set_attn_implementation(before)
+                    return self._sharing(network), sights
+            self.model.set_attn_implementation(plain.own_attention)
             reason = "this architecture does not keep rows apart that are laid end to end"
         self.notes.append(f"rows are padded: {reason}")
         return plain, {}
@@ -123,20 +141,40 @@ class _Prover:
         noticed = not close(disturbed[:own], found[:own], tolerance / 10)
         return rows.sights if close(found, expected, tolerance) and kept_apart and noticed else None
 
+    def _sharing(self, network: Network) -> Network:
+        """The network that computes a prefix of all rows once, if that gives what the rows alone give."""
+        if self.task != "causal_lm" or has_dropout(self.model):  # what is dropped is each row's own matter
+            return network
+        sharing = replace(network, layout=replace(network.layout, share=1))
+        rows = _with_prefix(self.examples)
+        try:
+            found = sharing.supervised_hidden(self._batch(sharing, rows))
+        except (RuntimeError, ValueError, IndexError):
+            return network
+        expected = network.supervised_hidden(self._batch(network, rows))
+        share = LEAST_SHARED if close(found, expected, TOLERANCES[found.dtype]) else 0
+        return replace(network, layout=replace(network.layout, share=share))
+
     # 2. fused forms
 
-    def _adopt_forms(self, network: Network, sights: dict[Any, Any], expected: list[Tensor]) -> None:
+    def _adopt_forms(self, network: Network, sights: dict[Any, Any]) -> dict[str, int]:
+        """Put the forms in place that agree with their modules, if the whole model agrees too; how many of each."""
+        if self.compile and (reason := why_not_compiled(self.device)):
+            self.notes.append(f"element-wise work is not compiled: {reason}")
+            self.compile = False
         calls = Calls(self.model)
         try:
             before = _on(network, self._batch(network, self.examples), self.task)
         finally:
             calls.end()
-        proven = calls.proven_forms(sights)
-        adopt(proven)
+        proven = calls.proven_forms(sights, self.compile)
+        forms = adopt(proven)
         after = _on(network, self._batch(network, self.examples), self.task)
-        if not close(after, before, TOLERANCES[before.dtype]):
-            abandon(proven)
-            self.notes.append("fused forms are not used: together they change what the model gives")
+        if close(after, before, TOLERANCES[before.dtype]):
+            return forms
+        abandon(proven)
+        self.notes.append("fused forms are not used: together they change what the model gives")
+        return {}
 
     # 3. the head
 
@@ -180,6 +218,12 @@ def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:
         yield Head(output.weight, output.bias, scale, float(cap) if cap else None)
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether a training pass draws random numbers."""
+    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 def _parameters(model: PreTrainedModel) -> frozenset[str]:
     import inspect
 
@@ -208,6 +252,19 @@ def _probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
             label,
         )
         for length in LENGTHS
+    ]
+
+
+def _with_prefix(examples: list[Example]) -> list[Example]:
+    """The rows behind a beginning that they have in common."""
+    begin = examples[-1].input_ids
+    return [
+        replace(
+            example,
+            input_ids=np.concatenate([begin, example.input_ids]),
+            supervised=np.concatenate([np.zeros(len(begin), dtype=bool), example.supervised]),
+        )
+        for example in examples
     ]
 
 

@@ -1,37 +1,26 @@
 """The element-wise work between matrix products: RMSNorm and rotary positions.
 
-Each is one autograd node that saves its inputs alone, computes in float32 inside, and rounds once. On CUDA
-the formulas are compiled into single kernels (``compiled``); elsewhere they run as they stand.
+Each is one autograd node that saves its inputs alone, computes in float32 inside, and rounds once. The formulas
+run as they stand, or ``compile``d into single kernels.
 
 Shape suffixes: N tokens, D features, H heads; `...` any leading dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_cli.ops.kernels import kernel
 from lora_cli.ops.precision import wide, wide_type
 
 
-@cache
-def _compile(formula: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(formula, dynamic=True)
-
-
-def compiled(formula: Callable[..., Any], sample: Tensor) -> Callable[..., Any]:
-    """The formula as one kernel where launching many costs most: on CUDA."""
-    return _compile(formula) if sample.is_cuda else formula
-
-
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, *, compile: bool = False) -> Tensor:
     """(offset + w) x / sqrt(mean(x^2) + eps), in x's dtype.  arXiv:1910.07467, eq. 4; Gemma's offset is 1."""
-    return _RMSNorm.apply(x, weight_D, eps, offset)
+    return _RMSNorm.apply(x, weight_D, eps, offset, compile)
 
 
 def _rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -49,9 +38,9 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight_D: Tensor, of
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float) -> Tensor:
-        y, rstd = compiled(_rms_norm_forward, x)(x, weight_D, eps, offset)
-        ctx.offset = offset
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float, compile: bool) -> Tensor:
+        y, rstd = kernel(_rms_norm_forward, compile)(x, weight_D, eps, offset)
+        ctx.offset, ctx.compile = offset, compile
         ctx.save_for_backward(x, rstd, weight_D)
         return y
 
@@ -59,17 +48,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, rstd, weight_D = ctx.saved_tensors
-        return compiled(_rms_norm_backward, x)(dy, x, rstd, weight_D, ctx.offset), None, None, None
+        dx = kernel(_rms_norm_backward, ctx.compile)(dy, x, rstd, weight_D, ctx.offset)
+        return dx, None, None, None, None
 
 
-def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, compile: bool = False) -> Tensor:
     """Rotary positions (arXiv:2104.09864, eq. 34) in the half-split form of Llama and GPT-NeoX.
 
     Pairs are (d, d + D/2); cos and sin hold each angle twice.
     """
     half = sin_ND.shape[-1] // 2
     signed_ND = torch.cat((-sin_ND[..., :half], sin_ND[..., half:]), -1)
-    return _Rotate.apply(x_NHD, cos_ND.unsqueeze(-2), signed_ND.unsqueeze(-2))
+    return _Rotate.apply(x_NHD, cos_ND.unsqueeze(-2), signed_ND.unsqueeze(-2), compile)
 
 
 def _rotated(x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, direction: int) -> Tensor:
@@ -81,12 +71,13 @@ class _Rotate(torch.autograd.Function):
     """The backward pass turns the other way, so nothing but the angles is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, compile: bool) -> Tensor:
+        ctx.compile = compile
         ctx.save_for_backward(cos_N1D, signed_N1D)
-        return compiled(_rotated, x_NHD)(x_NHD, cos_N1D, signed_N1D, 1)
+        return kernel(_rotated, compile)(x_NHD, cos_N1D, signed_N1D, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Any, ...]:
         cos_N1D, signed_N1D = ctx.saved_tensors
-        return compiled(_rotated, dy_NHD)(dy_NHD, cos_N1D, signed_N1D, -1), None, None
+        return kernel(_rotated, ctx.compile)(dy_NHD, cos_N1D, signed_N1D, -1), None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_cli.ops.elementwise import compiled
+from lora_cli.ops.kernels import kernel
 from lora_cli.ops.low_rank import Projection
 
 Activation = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, tuple[Activation, Derivative]] = {
 }
 
 
-def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection) -> Tensor:
+def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection, *, compile: bool = False) -> Tensor:
     """(..., O) from gate and up (..., I)."""
     y_NO = _GatedLowRank.apply(
         gate.reshape(-1, gate.shape[-1]),
@@ -52,6 +52,7 @@ def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection) 
         down.bias,
         down.lora_A,
         down.lora_B,
+        compile,
     )
     return y_NO.reshape(*gate.shape[:-1], y_NO.shape[-1])
 
@@ -79,15 +80,16 @@ class _GatedLowRank(torch.autograd.Function):
         bias_O: Tensor | None,
         a_RI: Tensor | None,
         b_OR: Tensor | None,
+        compile: bool,
     ) -> Tensor:
-        h_NI = compiled(_inner, gate_NI)(gate_NI, up_NI, ACTIVATIONS[activation][0])
+        h_NI = kernel(_inner, compile)(gate_NI, up_NI, ACTIVATIONS[activation][0])
         y_NO = F.linear(h_NI, weight_OI, bias_O)
         z_NR = cast_A = scaled_B = None
         if a_RI is not None and b_OR is not None:
             cast_A, scaled_B = a_RI.to(h_NI.dtype), (b_OR * scaling).to(h_NI.dtype)
             z_NR = h_NI @ cast_A.T
             y_NO.addmm_(z_NR, scaled_B.T)
-        ctx.activation, ctx.scaling = activation, scaling
+        ctx.activation, ctx.scaling, ctx.compile = activation, scaling, compile
         ctx.dtype = None if b_OR is None else b_OR.dtype
         ctx.save_for_backward(gate_NI, up_NI, weight_OI, z_NR, cast_A, scaled_B)
         return y_NO
@@ -101,7 +103,7 @@ class _GatedLowRank(torch.autograd.Function):
         if scaled_B is not None:
             g_NR = dy_NO @ scaled_B
             dh_NI.addmm_(g_NR, cast_A)
-            da_RI = (g_NR.T @ compiled(_inner, gate_NI)(gate_NI, up_NI, act)).to(ctx.dtype)
+            da_RI = (g_NR.T @ kernel(_inner, ctx.compile)(gate_NI, up_NI, act)).to(ctx.dtype)
             db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.scaling)
-        dgate_NI, dup_NI = compiled(_inner_backward, gate_NI)(dh_NI, gate_NI, up_NI, act, derivative)
-        return dgate_NI, dup_NI, None, None, None, None, da_RI, db_OR
+        dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
+        return dgate_NI, dup_NI, None, None, None, None, da_RI, db_OR, None

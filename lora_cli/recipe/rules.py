@@ -158,6 +158,51 @@ def _offload_is_not_compiled(recipe: Recipe, source: Source) -> Iterator[Mistake
         )
 
 
+def _one_batch_size(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    both = ("global_batch_size", "gradient_accumulation_steps")
+    if recipe.training.global_batch_size is not None and all(source.was_given("training", key) for key in both):
+        yield Mistake(
+            ("training", "gradient_accumulation_steps"),
+            "cannot be combined with global_batch_size: the accumulation follows from that",
+            "name one of them",
+        )
+
+
+def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    training = recipe.training
+    if training.strategy == "fsdp" and training.cache_frozen_layers != "none":
+        yield Mistake(
+            ("training", "cache_frozen_layers"),
+            "cannot be combined with strategy: fsdp, whose layers have to run in every process alike",
+            "use ddp, or none",
+        )
+    if training.strategy == "fsdp" and recipe.method != "lora":
+        yield Mistake(
+            ("training", "strategy"),
+            f"fsdp shards a base that stays frozen, and method: {recipe.method} writes a whole model",
+            "use ddp, or method: lora",
+        )
+
+
+def _fsdp_runs_every_layer(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    training = recipe.training
+    if training.strategy != "fsdp":
+        return
+    if training.cache_frozen_layers != "none":
+        yield Mistake(
+            ("training", "cache_frozen_layers"),
+            "cannot be combined with fsdp: a process that skips a layer is missed by those that gather it",
+            "use strategy: ddp, or remove it",
+        )
+    if training.gradient_checkpointing == "offload":
+        yield Mistake(
+            ("training", "gradient_checkpointing"),
+            "offload cannot be combined with fsdp: it runs a layer's backward pass on its own, out of the order in "
+            "which layers are gathered",
+            "use true or selective",
+        )
+
+
 RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _one_model,
     _attention_is_no_code,
@@ -169,4 +214,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _known_metric,
     _warmup_fits,
     _offload_is_not_compiled,
+    _one_batch_size,
+    _fsdp_is_for_lora,
+    _fsdp_runs_every_layer,
 ]

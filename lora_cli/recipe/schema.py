@@ -136,6 +136,11 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled (AdamW); on matrices only")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in an optimizer step")
+    global_batch_size: PositiveInt | None = Field(
+        None,
+        description="rows in an optimizer step over all processes, instead of gradient_accumulation_steps: "
+        "the same steps on any number of processes",
+    )
     per_device_train_batch_size: PositiveInt = Field(4, description="rows in a micro-batch")
     per_device_eval_batch_size: PositiveInt = Field(
         default_factory=lambda data: data.get("per_device_train_batch_size", 4),
@@ -162,9 +167,16 @@ class TrainingSection(Section):
     cache_frozen_layers: Literal["none", "memory", "disk"] = Field(
         "none",
         description="run the layers below everything that is trained once a row instead of once an epoch, and keep "
-        "what they give in memory or on disk (in output_dir, while the run lasts)",
+        "what they give: none, memory, or disk (in output_dir, while the run lasts)",
     )
-    torch_compile: bool = Field(False, description="compile the model with torch.compile")
+    torch_compile: bool = Field(
+        False, description="compile element-wise work (or the layers of a model without fused forms); always on CUDA"
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="of several processes: ddp (each holds the whole base) or fsdp (each holds a part of the frozen "
+        "layers; slower, less memory)",
+    )
     use_cpu: bool = Field(False, description="stay on the CPU; otherwise cuda, then mps, then cpu")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         42, description="one seed; data order, initialisation and dropout draw from streams of their own"

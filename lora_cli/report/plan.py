@@ -89,8 +89,11 @@ def _left_out(train: Counts, held_out: Counts) -> str:
 
 def _step(plan: Plan) -> str:
     training = plan.recipe.training
-    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    return f"{plan.steps.rows_per_step} rows ({micro} in a micro-batch x {accumulation})"
+    steps, micro = plan.steps, training.per_device_train_batch_size
+    processes = f" x {steps.num_processes} processes" if steps.num_processes > 1 else ""
+    if training.global_batch_size is not None:
+        return f"{steps.rows_per_step} rows (global_batch_size; {micro} at most in a micro-batch{processes})"
+    return f"{steps.rows_per_step} rows ({micro} in a micro-batch x {training.gradient_accumulation_steps}{processes})"
 
 
 def _run(plan: Plan) -> str:

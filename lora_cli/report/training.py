@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.train import Outcome
+from lora_cli.fusion.network import Network
 from lora_cli.report.console import facts, table
 from lora_cli.report.curve import draw_curve, is_logarithmic
 from lora_cli.report.numbers import duration, number, plural, size
@@ -25,6 +26,8 @@ class Silence:
     """Watches and says nothing: what ``--json`` wants."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def network(self, network: Network) -> None: ...
 
     def step(self, step: Step, state: State) -> None: ...
 
@@ -59,6 +62,11 @@ class TrainingScreen(Silence):
             self.steps = self.bar.add_task("training", total=self.total, completed=state.step, figures="")
             self.rows = self.bar.add_task("evaluating", total=None, visible=False, figures="")
             self.bar.start()
+
+    def network(self, network: Network) -> None:
+        """Only what is slower than it might be is worth a line."""
+        if network.notes:
+            facts(self.console, [("note", note) for note in network.notes])
 
     def step(self, step: Step, state: State) -> None:
         if self.bar is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, tensors_of, trained_tensors
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import StorageError
 from lora_cli.storage import is_intact, new_folder, write_json
 from lora_cli.tasks import Metrics
@@ -80,12 +81,16 @@ class Checkpoints:
         optimizer: FlatAdamW,
         state: State,
         adapter_config: dict[str, Any] | None,
+        rng: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write a checkpoint as a whole, then remove those that are no longer kept."""
+        """Write a checkpoint as a whole, then remove those that are no longer kept.
+
+        ``rng``: the generators of all processes, where this one is not alone.
+        """
         with new_folder(self.path(state.step), replace=True) as folder:
             save_trained(folder, trained_tensors(model), adapter_config)
             save_file(optimizer.tensors(), folder / "optimizer.safetensors")
-            save_file(rng_tensors(), folder / "rng.safetensors")
+            save_file(rng or rng_tensors(), folder / "rng.safetensors")
             write_json(folder / "state.json", asdict(state))
         self._prune(state)
 
@@ -99,16 +104,30 @@ class Checkpoints:
 
 
 def read_state(folder: Path) -> State:
-    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    best = values.pop("best")
-    return State(**values, best=Best(**best) if best else None)
+    return state_of(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
-def restore(folder: Path, model: nn.Module, optimizer: FlatAdamW) -> None:
-    """Put weights, moments and random generators back as they were."""
-    load_trained(model, read_trained(folder))
-    optimizer.load(load_file(folder / "optimizer.safetensors"))
-    set_rng(load_file(folder / "rng.safetensors"))
+def state_of(values: dict[str, Any]) -> State:
+    """From what ``asdict`` made of a state."""
+    best = values["best"]
+    return State(**values | {"best": Best(**best) if best else None})
+
+
+def restore(folder: Path, model: nn.Module, optimizer: FlatAdamW, world: World = ALONE) -> None:
+    """Put weights, moments and random generators back as they were. The main process reads, and tells the others.
+
+    Generators of another number of processes fit nobody: they are left as they are.
+    """
+    states: dict[str, Tensor] = {}
+    with world.together():
+        if world.is_main:
+            load_trained(model, read_trained(folder))
+            optimizer.load(load_file(folder / "optimizer.safetensors"))
+            states = load_file(folder / "rng.safetensors")
+    optimizer.spread(world)
+    mine = spread_rng(states, world)
+    if mine:
+        set_rng(mine)
 
 
 def save_trained(folder: Path, tensors: dict[str, Tensor], adapter_config: dict[str, Any] | None) -> None:
@@ -131,6 +150,29 @@ def rng_tensors() -> dict[str, Tensor]:
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()
     return states
+
+
+def gathered_rng(world: World) -> dict[str, Tensor]:
+    """The generators of all processes: the main one's under their plain names, the others' with their rank."""
+    mine = {name: state.numpy().tobytes().hex() for name, state in rng_tensors().items()}
+    return {
+        f"{name}/{rank}" if rank else name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        for rank, states in enumerate(world.gather(mine))
+        for name, text in states.items()
+    }
+
+
+def spread_rng(states: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """This process's part of the states that the main one read; nothing where they are another number's."""
+    texts = {name: state.numpy().tobytes().hex() for name, state in states.items()}
+    told: dict[str, str] = world.tell(texts)
+    if sum(name.partition("/")[0] == "cpu" for name in told) != world.size:
+        return {}
+    return {
+        name.partition("/")[0]: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+        for name, text in told.items()
+        if (name.partition("/")[2] or "0") == str(world.rank)
+    }
 
 
 def set_rng(states: dict[str, Tensor]) -> None:

@@ -1,4 +1,8 @@
-"""Metrics over held-out rows. Only sums are kept, so memory does not grow with the data set."""
+"""Metrics over held-out rows. Only sums are kept, so memory does not grow with the data set.
+
+The batches are those of a single process, dealt out to all of them in turn: each batch gives the same sums
+wherever it is run, so the figures do not depend on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from lora_cli.data.batches import evaluation_batches
+from lora_cli.data.batches import Batch, evaluation_batches
 from lora_cli.data.encoding import Example
 from lora_cli.device import memory_errors
+from lora_cli.distributed import ALONE, World
 from lora_cli.fusion.network import Network
 from lora_cli.tasks import Metrics, Sums, Task
 
@@ -24,21 +29,45 @@ def evaluate(
     batch_size: int,
     pad_id: int,
     device: torch.device,
+    world: World = ALONE,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Metrics | None:
-    """The task's figures over all examples; None where ``stop`` asked to leave early."""
+    """The task's figures over all examples; None where ``stop`` asked one of the processes to leave early."""
     was_training = network.model.training
     network.model.eval()
+    batches = list(evaluation_batches(examples, batch_size, pad_id, network.layout))
     totals: Sums = {}
+    finished = True
     try:
         with memory_errors(MEMORY_CURE):
-            for batch in evaluation_batches(examples, batch_size, pad_id, network.layout):
-                if stop():
-                    return None
-                for name, value in task.sums(network, batch.to(device)).items():
+            for start in range(0, len(batches), world.size):
+                turn = batches[start : start + world.size]
+                # Where layers are gathered from all processes, none can leave alone.
+                finished = network.sharded or not stop()
+                if not finished:
+                    break
+                for name, value in _sums(network, task, turn, device, world).items():
                     totals[name] = totals[name] + value if name in totals else value
-                progress(len(batch.where))
+                progress(sum(batch.num_rows for batch in turn))
     finally:
         network.model.train(was_training)
-    return task.figures(totals)
+    if world.add(torch.tensor(0.0 if finished else 1.0)).item():
+        return None
+    return task.figures(_added(totals, world))
+
+
+def _sums(network: Network, task: type[Task], turn: list[Batch], device: torch.device, world: World) -> Sums:
+    """Those of this process's batch. One that gets none in the last turn runs another's, and counts it not."""
+    mine = world.rank < len(turn)
+    sums = task.sums(network, turn[world.rank if mine else 0].to(device))
+    return sums if mine else {name: torch.zeros_like(value) for name, value in sums.items()}
+
+
+def _added(totals: Sums, world: World) -> Sums:
+    """The sums of all processes. float64 holds every count exactly."""
+    if world.size == 1:
+        return totals
+    vector = world.add(torch.cat([value.detach().cpu().double().flatten() for value in totals.values()]))
+    parts = vector.split([value.numel() for value in totals.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(totals.items(), parts, strict=True)}

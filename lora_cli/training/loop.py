@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +18,18 @@ from lora_cli.data.batches import Batch, StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.device import memory_errors
 from lora_cli.distributed import ALONE, World
-from lora_cli.errors import NonFiniteError
+from lora_cli.errors import LoraError, NonFiniteError
 from lora_cli.fusion.network import Network
 from lora_cli.tasks import Task
 from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.schedule import lr_multiplier
+from lora_cli.training.signals import STOPPING, StopRequest
 
 # float16 loses gradients below 6e-8; a power of two moves them up and is taken out again without rounding.
 FLOAT16_LOSS_SCALE = 1024.0
 MEMORY_CURE = (
-    "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps: the result stays the same), "
+    "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps where no global_batch_size "
+    "is set: the result stays the same), "
     "lower dataset.max_length, or set training.gradient_checkpointing: true"
 )
 
@@ -68,21 +70,35 @@ def train_steps(
     start: int,
     device: torch.device,
     world: World = ALONE,
+    stop: StopRequest | None = None,
 ) -> Iterator[Step]:
     """Optimizer steps ``start + 1`` to ``total_steps``.
 
-    Raises ``NonFiniteError`` before an update that would not be finite, ``OutOfMemoryError``.
+    Raises ``NonFiniteError`` before an update that would not be finite, ``OutOfMemoryError``. After each step
+    all processes know of the same request to ``stop``.
     """
     for number in range(start, settings.total_steps):
         began = time.perf_counter()
         multiplier = lr_multiplier(settings.lr_scheduler_type, number, settings.total_steps, settings.warmup_steps)
         optimizer.set_learning_rate(settings.learning_rate * multiplier)
         rows = plan.rows(examples, number)
-        share = [collate(rows, settings.pad_id, network.layout) for rows in plan.micro_batches(examples, number, world)]
+        share = [collate(part, settings.pad_id, network.layout) for part in plan.micro_batches(examples, number, world)]
+        # Layers that lie in pieces are gathered by all processes at once: each runs as many batches as the main one.
+        idle = plan.num_micro_batches(number, world) - len(share) if network.sharded else 0
+        filling = [collate(rows[-1:], settings.pad_id, network.layout)] * idle
         num_targets = sum(example.num_targets for example in rows)
         with memory_errors(MEMORY_CURE):
             loss, grad_norm = train_step(
-                network, task, share, optimizer, settings.max_grad_norm, device, num_targets=num_targets, world=world
+                network,
+                task,
+                share,
+                optimizer,
+                settings.max_grad_norm,
+                device,
+                num_targets=num_targets,
+                filling=filling,
+                world=world,
+                stop=stop,
             )
         yield Step(
             number + 1,
@@ -104,27 +120,36 @@ def train_step(
     device: torch.device,
     *,
     num_targets: int | None = None,
+    filling: Sequence[Batch] = (),
     world: World = ALONE,
+    stop: StopRequest | None = None,
 ) -> tuple[float, float]:
     """Forward, backward and update. Returns (mean loss over all targets, gradient norm before clipping).
 
-    ``micro_batches`` are this process's, ``num_targets`` counts those of all. The device is asked for figures
-    once, when everything is on its way.
+    ``micro_batches`` are this process's, ``num_targets`` counts those of all. Everything that the processes
+    have to tell one another travels in one sum: gradients, loss and requests to stop. The device is asked for
+    figures once, when everything is on its way.
     """
     optimizer.zero_gradients()
-    losses = accumulate_gradients(network, task, micro_batches, device, num_targets=num_targets)
+    losses = accumulate_gradients(network, task, micro_batches, device, num_targets=num_targets, filling=filling)
     if (scale := loss_scale(network)) != 1.0:
         optimizer.gradients.div_(scale)
-    world.add(optimizer.gradients)
-    loss = world.add(torch.stack(losses).sum() if losses else optimizer.gradients.new_zeros(()))
+    loss, votes = optimizer.aside[0], optimizer.aside[1 : 1 + len(STOPPING)]
+    if losses:
+        loss.copy_(torch.stack(losses).sum())
+    if stop is not None and stop.noted is not None:
+        votes.copy_(torch.tensor(stop.votes))
+    world.add(optimizer.exchanged)
     norm = optimizer.gradient_norm()
     finite = torch.isfinite(norm) & torch.isfinite(loss)
     if max_grad_norm is not None:
         optimizer.clip(norm, max_grad_norm)
     optimizer.update(finite)
-    total, grad_norm = torch.stack([loss, norm]).tolist()
+    total, grad_norm, *counted = torch.cat([loss[None], norm[None], votes]).tolist()
+    if stop is not None:
+        stop.count(counted)
     if not (math.isfinite(total) and math.isfinite(grad_norm)):
-        raise _non_finite([float(loss) for loss in losses], micro_batches, loss_is_finite=math.isfinite(total))
+        raise _non_finite([float(loss) for loss in losses], micro_batches, world, loss_is_finite=math.isfinite(total))
     return total, grad_norm
 
 
@@ -135,10 +160,12 @@ def accumulate_gradients(
     device: torch.device,
     *,
     num_targets: int | None = None,
+    filling: Sequence[Batch] = (),
 ) -> list[Tensor]:
     """Add the gradient of (sum of losses) / (number of targets) to the parameters' own.
 
     Returns each micro-batch's share of that mean, on the device. The gradients are larger by ``loss_scale``.
+    The ``filling`` is run as well, and adds nothing.
     """
     num_targets = num_targets or sum(batch.num_targets for batch in micro_batches)
     scale, losses = loss_scale(network), []
@@ -146,6 +173,9 @@ def accumulate_gradients(
         loss = task.loss_sum(network, batch.to(device)) / num_targets
         (loss * scale).backward()
         losses.append(loss.detach())
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=bool(filling)):
+        for batch in filling:  # draws no dropout that the next batch would have drawn
+            (task.loss_sum(network, batch.to(device)) * 0.0).backward()
     return losses
 
 
@@ -153,13 +183,20 @@ def loss_scale(network: Network) -> float:
     return FLOAT16_LOSS_SCALE if any(p.dtype == torch.float16 for p in network.model.parameters()) else 1.0
 
 
-def _non_finite(losses: list[float], micro_batches: list[Batch], *, loss_is_finite: bool) -> NonFiniteError:
-    """Names the rows whose loss is not finite (all of the step's, if only the gradient is)."""
+def _non_finite(losses: list[float], micro_batches: list[Batch], world: World, *, loss_is_finite: bool) -> LoraError:
+    """Names the rows whose loss is not finite (all of the step's, if only the gradient is), whoever has them."""
     guilty = [b for b, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
     what = "gradient" if loss_is_finite else "loss"
-    rows = [where for batch in (guilty or micro_batches) for where in batch.where]
+    rows = _rows_of(guilty, world) or _rows_of(micro_batches, world)
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return NonFiniteError(
-        f"the {what} is not finite; the update was not made. Rows of the step: {shown}",
-        "lower training.learning_rate, use model.dtype: float32, or look at these rows",
+    return world.shared(
+        NonFiniteError(
+            f"the {what} is not finite; the update was not made. Rows of the step: {shown}",
+            "lower training.learning_rate, use model.dtype: float32, or look at these rows",
+        )
     )
+
+
+def _rows_of(batches: list[Batch], world: World) -> list[str]:
+    gathered = world.gather([where for batch in batches for where in batch.where])
+    return [where for rows in gathered for where in rows]

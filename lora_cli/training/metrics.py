@@ -37,6 +37,22 @@ class MetricsFile:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
+class NoMetrics(MetricsFile):
+    """Of the processes that write no files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, line: Line) -> None: ...
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def read(self) -> list[Line]:
+        return []
+
+
 class Tracker(Protocol):
     def log(self, step: int, values: dict[str, float]) -> None: ...
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.injection import base_name
+from lora_cli.distributed import World
 from lora_cli.recipe import TrainingSection
 
 ALIGNMENT = 16  # float32 values: every parameter begins on a cache line of its own
@@ -46,7 +47,8 @@ class FlatAdamW:
         self.places, matrix_end, end = _places(ordered)
         some = next(iter(ordered.values()))
         self.values = torch.zeros(end, dtype=torch.float32, device=some.device)
-        self.gradients = torch.zeros_like(self.values)
+        self.exchanged = torch.zeros(end + ALIGNMENT, dtype=torch.float32, device=some.device)
+        self.gradients, self.aside = self.exchanged[:end], self.exchanged[end:]
         self.never_reached = set(ordered)
         self._hooks = [p.register_post_accumulate_grad_hook(self._reached(name)) for name, p in ordered.items()]
         with torch.no_grad():
@@ -70,7 +72,8 @@ class FlatAdamW:
             group["lr"] = value
 
     def zero_gradients(self) -> None:
-        self.gradients.zero_()
+        """And what lies aside of them: a few numbers that travel to the other processes in the same sum."""
+        self.exchanged.zero_()
 
     def gradient_norm(self) -> Tensor:
         """The Euclidean norm of all gradients together, on the device."""
@@ -103,15 +106,30 @@ class FlatAdamW:
         """Put ``tensors`` back."""
         if not tensors:
             return
-        start = 0
         vectors = {key: torch.zeros_like(self.values) for key in MOMENTS}
         for key, vector in vectors.items():
             for name, place in self.places.items():
                 place.of(vector).copy_(tensors[f"{key}/{name}"])
+        self._set_state(tensors["step"], vectors)
+
+    def spread(self, world: World) -> None:
+        """All processes go on from the main one's values and moments."""
+        world.spread(self.values)
+        state = [self._adamw.state[part] for part in self._parts()]
+        step = world.spread(state[0]["step"].detach().cpu().reshape(1) if all(state) else torch.zeros(1))
+        if step.item() > 0:
+            moments = {
+                key: torch.cat([part[key] for part in state]) if all(state) else torch.zeros_like(self.values)
+                for key in MOMENTS
+            }
+            self._set_state(step, {key: world.spread(vector) for key, vector in moments.items()})
+
+    def _set_state(self, steps: Tensor, vectors: dict[str, Tensor]) -> None:
+        start = 0
         for part in self._parts():
             state = {key: vector[start : start + part.numel()].clone() for key, vector in vectors.items()}
             on_device = self._adamw.defaults["fused"] and part.device.type != "cpu"
-            step = tensors["step"].reshape(()).clone()
+            step = steps.reshape(()).clone()
             self._adamw.state[part] = {"step": step.to(part.device) if on_device else step, **state}
             start += part.numel()
 

@@ -13,11 +13,12 @@ from lora_cli.adapters.patterns import ending
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.device import peak_memory_bytes
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import NonFiniteError, Stopped, UsageError
 from lora_cli.fusion.network import Network
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import Metrics, Task
-from lora_cli.training.checkpoint import Best, Checkpoints, State
+from lora_cli.training.checkpoint import Best, Checkpoints, State, gathered_rng
 from lora_cli.training.evaluation import evaluate
 from lora_cli.training.loop import LoopSettings, Step, train_steps
 from lora_cli.training.metrics import Line, MetricsFile, Tracker
@@ -26,24 +27,25 @@ from lora_cli.training.schedule import is_due
 from lora_cli.training.signals import StopRequest
 
 
-def check_gradients(optimizer: FlatAdamW) -> None:
+def check_gradients(optimizer: FlatAdamW, world: World = ALONE) -> None:
     """Raises ``UsageError`` for adapters that a step went past: they would be saved, and mean nothing.
 
     Some models multiply by a layer's weight themselves instead of calling the layer. An expert to which no
     token was sent is another matter.
     """
     optimizer.stop_watching()
+    missed = set.intersection(*map(set, world.gather(sorted(optimizer.never_reached))))  # one may have had no rows
     idle = [
-        name.removesuffix(".lora_B")
-        for name in sorted(optimizer.never_reached)
-        if name.endswith(".lora_B") and "expert" not in name
+        name.removesuffix(".lora_B") for name in sorted(missed) if name.endswith(".lora_B") and "expert" not in name
     ]
     if idle:
         kinds = sorted({ending(name) for name in idle})
-        raise UsageError(
-            f"{len(idle)} adapters get no gradient, because this model uses their weights without calling the layers: "
-            f"{', '.join(idle[:3])}{' and more' if len(idle) > 3 else ''}",
-            f"set lora.exclude_modules: [{', '.join(kinds)}]",
+        raise world.shared(
+            UsageError(
+                f"{len(idle)} adapters get no gradient, because this model uses their weights without calling the "
+                f"layers: {', '.join(idle[:3])}{' and more' if len(idle) > 3 else ''}",
+                f"set lora.exclude_modules: [{', '.join(kinds)}]",
+            )
         )
 
 
@@ -83,15 +85,17 @@ class Run:
     observer: Observer
     stop: StopRequest
     device: torch.device
+    world: World = ALONE
 
     def execute(self) -> None:
         """Run to the end. Raises ``Stopped`` after a signal, with the state saved."""
         self.network.model.train()
+        self._agree_on_stop()
         self._between_steps()
         first = self.state.step + 1
         for step in self._steps():
             if step.number == first:
-                check_gradients(self.optimizer)
+                check_gradients(self.optimizer, self.world)
             self._record(step)
             self._between_steps()
 
@@ -109,6 +113,8 @@ class Run:
             self.settings,
             start=self.state.step,
             device=self.device,
+            world=self.world,
+            stop=self.stop,
         )
         while not self.finished:
             yield next(steps)
@@ -119,11 +125,19 @@ class Run:
             self._save()
         if self.stop.signum is not None and not (self.finished and self._evaluated()):
             name = Stopped(self.stop.signum, "").signal_name
-            raise Stopped(
-                self.stop.signum,
-                f"stopped by {name} after step {self.state.step} of {self.settings.total_steps}; everything is saved",
-                "type the same command again to go on",
+            raise self.world.shared(
+                Stopped(
+                    self.stop.signum,
+                    f"stopped by {name} after step {self.state.step} of {self.settings.total_steps}; "
+                    "everything is saved",
+                    "type the same command again to go on",
+                )
             )
+
+    def _agree_on_stop(self) -> None:
+        """Outside of steps, where no sum is under way that could carry the votes."""
+        if self.world.size > 1:
+            self.stop.count(self.world.add(torch.tensor(self.stop.votes)).tolist())
 
     def _due(self, cadence: int | float | str) -> bool:
         return is_due(cadence, self.state.step, self.settings.total_steps, self.plan.steps_per_epoch)
@@ -184,16 +198,20 @@ class Run:
             batch_size=self.training.per_device_eval_batch_size,
             pad_id=self.settings.pad_id,
             device=self.device,
-            stop=lambda: bool(self.stop),
+            world=self.world,
+            stop=lambda: self.stop.noted is not None,
             progress=self.observer.evaluation_advances,
         )
+        self._agree_on_stop()
         self.observer.evaluation_ends(self.state.step, metrics)
         if metrics is None:  # cut short by a signal; done again on resuming
             return False
         if not math.isfinite(metrics["loss"]):
-            raise NonFiniteError(
-                f"the evaluation loss after step {self.state.step} is not finite",
-                "lower training.learning_rate, or use model.dtype: float32",
+            raise self.world.shared(
+                NonFiniteError(
+                    f"the evaluation loss after step {self.state.step} is not finite",
+                    "lower training.learning_rate, or use model.dtype: float32",
+                )
             )
         state = self.state
         state.evaluated_step = state.step
@@ -222,15 +240,20 @@ class Run:
 
     def _save(self) -> None:
         self._check_weights()
-        self.state.metrics_bytes = self.metrics.size
-        self.checkpoints.save(self.network.model, self.optimizer, self.state, self.adapter_config)
+        rng = gathered_rng(self.world)
+        with self.world.together():
+            if self.world.is_main:
+                self.state.metrics_bytes = self.metrics.size
+                self.checkpoints.save(self.network.model, self.optimizer, self.state, self.adapter_config, rng)
         self.observer.saved(self.state.step)
 
     def _check_weights(self) -> None:
         """An update can overflow where its gradient did not; such weights must not push out the last good ones."""
         for name, parameter in trained_parameters(self.network.model).items():
             if not torch.isfinite(parameter).all():
-                raise NonFiniteError(
-                    f"the weights after step {self.state.step} are not finite ({name}); they were not saved",
-                    "lower training.learning_rate, or use model.dtype: float32",
+                raise self.world.shared(
+                    NonFiniteError(
+                        f"the weights after step {self.state.step} are not finite ({name}); they were not saved",
+                        "lower training.learning_rate, or use model.dtype: float32",
+                    )
                 )

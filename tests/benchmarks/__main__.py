@@ -1,156 +1,103 @@
-"""``python -m tests.benchmarks [SHAPE ...] [--rounds N] [--json FILE]``: everything interleaved, medians and spread."""
+"""Speed and memory of this tool and of each peer that is installed, interleaved over several rounds.
+
+python -m tests.benchmarks [SHAPE ...] [--rounds N] [--contenders a,b] [--ablation] [--json FILE]
+python -m tests.benchmarks --table FILE ... [--into README.md]
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from lora_cli.report.console import make_console
+from lora_cli.report.console import table as screen_table
+from tests.benchmarks.contenders import CONTENDERS
+from tests.benchmarks.other import measure_other
+from tests.benchmarks.processes import measured
+from tests.benchmarks.rounds import measure_shape
+from tests.benchmarks.shapes import SHAPES, unavailable
+from tests.benchmarks.table import heading, markdown, put_between_marks, tables
 
-from lora_cli.report.console import make_console, table
-from tests.benchmarks.shapes import SHAPES, save_base
-
-LLAMA_70B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "architectures": ["LlamaForCausalLM"],
-}
-NEEDS = {"peft+trainer": ("peft", "accelerate")}
+DEFAULT_SHAPES = [name for name in SHAPES if name != "micro"]
+OTHER = "other"  # on the command line, a shape like the rest
 
 
-def contenders() -> list[str]:
-    """Ours, and each peer that is installed."""
-    return ["lora", *(name for name, modules in NEEDS.items() if all(find_spec(m) for m in modules))]
+def main(arguments: list[str] | None = None) -> None:
+    options = read_arguments(arguments)
+    if options.table:
+        text = markdown([json.loads(path.read_text(encoding="utf-8")) for path in options.table])
+        if options.into:
+            put_between_marks(options.into, text)
+        else:
+            print(text)  # noqa: T201
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        document = measure(options, Path(folder), lambda text: print(text, file=sys.stderr))  # noqa: T201
+    show(document)
 
 
-def run(*command: str) -> str:
-    return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
-
-
-def training(shape: str, rounds: int, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Every contender in turn, round after round, each in a fresh process."""
-    base = save_base(SHAPES[shape], folder / shape)
-    figures: dict[str, dict[str, list[float]]] = {name: {} for name in contenders()}
-    for _ in range(rounds):
-        for name in figures:
-            result = json.loads(run("-m", "tests.benchmarks.contender", name, shape, str(base)).splitlines()[-1])
-            for key, value in result.items():
-                figures[name].setdefault(key, []).append(value)
-    return figures
-
-
-def seconds(action: Callable[[], object], rounds: int) -> list[float]:
-    measured = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        action()
-        measured.append(time.perf_counter() - began)
-    return measured
-
-
-def start_up(rounds: int) -> dict[str, list[float]]:
-    return {
-        "python -c pass": seconds(lambda: run("-c", "pass"), rounds),
-        "lora --help": seconds(lambda: run("-m", "lora_cli", "--help"), rounds),
-    }
-
-
-def counting(rounds: int, folder: Path) -> list[float]:
-    model = folder / "llama-70b"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
-    return seconds(lambda: run("-m", "lora_cli", "count-params", str(model)), rounds)
-
-
-def merging(shape: str, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """MB/s of folding an adapter into every projection, against a plain copy of the same file."""
-    import torch
-
-    from lora_cli.adapters.files import peft_config, save_adapter, trained_tensors
-    from lora_cli.adapters.initialisation import initialise
-    from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
-    from lora_cli.commands.merge import merge
-    from lora_cli.models import load_model, read_config
-    from lora_cli.recipe import LoraSection
-
-    base, adapter, lora = folder / shape, folder / "adapter", LoraSection(r=16, lora_alpha=32)
-    model, _ = load_model(base, read_config(base), "causal_lm", getattr(torch, SHAPES[shape].dtype))
-    attach(model, find_targets(model, lora, []))
-    freeze_base(model, [])
-    initialise(adapters_of(model), True, 0)
-    adapter.mkdir()
-    save_adapter(
-        adapter, trained_tensors(model), peft_config(model, lora, "causal_lm", [], base=str(base), revision=None)
-    )
-    megabytes = (base / "model.safetensors").stat().st_size / 1e6
-    rates: dict[str, list[float]] = {"plain copy": [], "lora merge --no-verify": []}
-    for number in range(rounds):
-        target = folder / f"merged-{number}"
-        copied = seconds(lambda: shutil.copyfile(base / "model.safetensors", folder / "copy"), 1)[0]
-        merged = seconds(lambda target=target: merge(adapter, target, verify=False), 1)[0]
-        rates["plain copy"].append(megabytes / copied)
-        rates["lora merge --no-verify"].append(megabytes / merged)
-    return rates
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
-
-
-def show_training(console: Console, shape: str, figures: dict[str, dict[str, list[float]]]) -> None:
-    made = table(shape, "tokens/s", "peak GB", "speed ratio", right=(1, 2, 3))
-    ours = figures["lora"]["tokens_per_second"]
-    for name, values in figures.items():
-        ratios = [mine / theirs for mine, theirs in zip(ours, values["tokens_per_second"], strict=True)]
-        made.add_row(
-            name,
-            spread(values["tokens_per_second"], 0),
-            spread([peak / 1e9 for peak in values["peak_bytes"]]),
-            "" if name == "lora" else f"lora is {spread(ratios)} x",
-        )
-    console.print(made)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("shapes", nargs="*", default=["small-float32", "instruct-135m-bfloat16"], metavar="SHAPE")
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    known = ", ".join([*SHAPES, OTHER])
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"{known} (all but micro)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_args()
+    parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), metavar="A,B")
+    parser.add_argument("--ablation", action="store_true", help="also ours with one idea switched off at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, after every shape")
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="FILE", help="print such files as markdown, measure nothing"
+    )
+    parser.add_argument("--into", type=Path, metavar="FILE", help="with --table: write between the marks of this file")
+    options = parser.parse_args(arguments)
+    _check_known(parser, "shape", options.shapes, [*SHAPES, OTHER])
+    _check_known(parser, "contender", options.contenders, CONTENDERS)
+    if options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    options.shapes = options.shapes or [*DEFAULT_SHAPES, OTHER]
+    return options
+
+
+def _check_known(parser: argparse.ArgumentParser, what: str, given: list[str], known: Iterable[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        parser.exit(2, f"error: unknown {what}: {', '.join(unknown)}; known are {', '.join(known)}\n")
+
+
+def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The JSON document. It is written after every shape, so that a run cut short has not measured for nothing."""
+    began = time.perf_counter()
+    document: dict[str, Any] = {"machine": measured("machine"), "rounds": options.rounds, "shapes": {}}
+    cuda = document["machine"]["cuda"]
+    for name in options.shapes:
+        if name == OTHER:
+            document["other"] = measure_other(options.rounds, folder, say)
+        else:
+            document["shapes"][name] = measure_shape(
+                name, options.contenders, options.rounds, folder, cuda=cuda, ablation=options.ablation, say=say
+            )
+        document["unavailable"] = unavailable()
+        document["machine"] |= {"load_after": os.getloadavg()[0], "minutes": (time.perf_counter() - began) / 60}
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return document
+
+
+def show(document: dict[str, Any]) -> None:
     console = make_console()
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        console.print(f"{options.rounds} rounds; median (least-most); contenders: {', '.join(contenders())}\n")
-        for shape in options.shapes:
-            results[shape] = training(shape, options.rounds, folder)
-            show_training(console, shape, results[shape])
-        results["merge"] = merging(options.shapes[-1], options.rounds, folder)
-        results["start_up"] = start_up(options.rounds)
-        results["count_params_70b"] = {"lora count-params, Llama-3-70B's shape": counting(options.rounds, folder)}
-    made = table("other", "median (least-most)", right=(1,))
-    for what, values in results["merge"].items():
-        made.add_row(f"{what}, MB/s", spread(values, 0))
-    for what, values in {**results["start_up"], **results["count_params_70b"]}.items():
-        made.add_row(f"{what}, s", spread(values))
-    console.print(made)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    console.print(heading(document))
+    for made in tables(document):
+        on_screen = screen_table(*made.columns, right=tuple(range(1, len(made.columns))) if made.figures else ())
+        for row in made.rows:
+            on_screen.add_row(*row)
+        console.print(f"\n{made.title}")
+        console.print(on_screen)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.shapes import INSTRUCT_135M, Shape, save_base
+from tests.benchmarks.bases import save_base
+from tests.benchmarks.contenders.job import ROWS_FILE
+from tests.benchmarks.shapes import INSTRUCT_135M, Shape
 
-SHAPE = Shape(INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}, "float32", 4, 64, 512, 7)
+SHAPE = Shape(
+    "Llama of 12 layers", INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}, "float32", 4, 64, 512, 7
+)
 TOP = [9, 10, 11]
 EPOCHS = 3
 
@@ -42,7 +46,7 @@ def epochs(base: Path, where: str) -> dict[str, Any]:
     from lora_cli.training.optimizer import FlatAdamW
 
     keep_freed_memory()
-    rows = json.loads((base / "rows.json").read_text(encoding="utf-8"))
+    rows = [row["ids"] for row in json.loads((base / ROWS_FILE).read_text(encoding="utf-8"))]
     examples = [
         Example(np.array(row, dtype=np.int32), np.arange(len(row)) >= max(1, len(row) // 2), f"row {number}")
         for number, row in enumerate(rows)

@@ -1,67 +1,159 @@
-"""The models and rows that are measured."""
+"""The models and rows that are measured. Nothing heavy is imported: the process that starts all others reads this."""
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+RANK, ALPHA = 16, 32
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BERT_PROJECTIONS = ("query", "key", "value", "dense")
+
+
+@dataclass(frozen=True)
+class Row:
+    ids: list[int]
+    label: int | None = None  # of a classifier's row
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that are not supervised: the first half."""
+        return len(self.ids) // 2
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that the head is needed at."""
+        return len(self.ids) - self.prompt if self.label is None else 1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A random Llama and rows of random tokens; half of each row is supervised."""
+    """A random model and rows of random tokens.
 
+    A pass is ``steps`` optimizer steps over the same rows in the same order. The first pass warms up: it has seen
+    the longest step before the clock starts, so nobody's memory grows while it is measured.
+    """
+
+    title: str
     config: dict[str, Any]
     dtype: str
     rows_per_step: int
     shortest: int
     longest: int
-    steps: int  # measured, after one that is not
+    steps: int
+    passes: int = 1  # measured, after one that is not
+    usual: int | None = None  # the most frequent length; none: all lengths from shortest to longest alike
+    task: str = "causal_lm"
+    targets: tuple[str, ...] = LLAMA_PROJECTIONS
+    needs_cuda: bool = False
 
     def lengths(self) -> list[int]:
-        """The same lengths for every contender: uniform from shortest to longest."""
-        chance = random.Random(0)
-        return [chance.randint(self.shortest, self.longest) for _ in range(self.rows_per_step * (self.steps + 1))]
+        """The same for every contender."""
+        chance, count = random.Random(0), self.rows_per_step * self.steps
+        if self.usual is None:
+            return [chance.randint(self.shortest, self.longest) for _ in range(count)]
+        return [round(chance.triangular(self.shortest, self.longest, self.usual)) for _ in range(count)]
+
+    def rows(self) -> list[Row]:
+        chance, words = random.Random(1), self.config["vocab_size"]
+        ids = [[chance.randrange(10, words) for _ in range(length)] for length in self.lengths()]
+        if self.task == "causal_lm":
+            return [Row(row) for row in ids]
+        return [Row(row, chance.randrange(2)) for row in ids]
+
+    def step_rows(self) -> list[list[Row]]:
+        """The rows of each step of a pass."""
+        rows, size = self.rows(), self.rows_per_step
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-INSTRUCT_135M = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
+def llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    } | others
+
+
+INSTRUCT_135M = llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True)
+SMALL = llama(288, 768, 4, 9, 3, vocab_size=8192, tie_word_embeddings=True)
+LLAMA_1B = llama(2048, 5632, 22, 32, 4)
+LLAMA_8B = llama(4096, 14336, 32, 32, 8, vocab_size=128256)
+LLAMA_70B = llama(8192, 28672, 80, 64, 8, vocab_size=128256, architectures=["LlamaForCausalLM"])
+ENCODER = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
     "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
 }
-SMALL = INSTRUCT_135M | {"num_hidden_layers": 4, "hidden_size": 288, "intermediate_size": 768, "vocab_size": 8192}
+
+MICRO = llama(32, 64, 2, 4, 2, vocab_size=128, tie_word_embeddings=True)
 
 SHAPES = {
-    "small-float32": Shape(SMALL, "float32", 4, 64, 512, 6),
-    "instruct-135m-bfloat16": Shape(INSTRUCT_135M, "bfloat16", 4, 64, 512, 3),
-    "instruct-135m-float32": Shape(INSTRUCT_135M, "float32", 4, 64, 512, 3),
+    "micro": Shape("the program itself; says nothing about speed", MICRO, "float32", 2, 8, 16, 2),
+    "small-float32": Shape("Llama of 4 layers, float32; 4 rows of 64-512 tokens", SMALL, "float32", 4, 64, 512, 6),
+    "instruct-135m-bfloat16": Shape(
+        "Llama of 135M parameters, bfloat16; 4 rows of 64-512 tokens", INSTRUCT_135M, "bfloat16", 4, 64, 512, 4
+    ),
+    "instruct-135m-float32": Shape(
+        "Llama of 135M parameters, float32; 4 rows of 64-512 tokens", INSTRUCT_135M, "float32", 4, 64, 512, 4
+    ),
+    "long-context": Shape(
+        "Llama of 135M parameters, bfloat16; 4 rows of 2,048 tokens", INSTRUCT_135M, "bfloat16", 4, 2048, 2048, 1, 2
+    ),
+    "encoder-sst2": Shape(
+        "BERT of 22M parameters, float32, classification; 32 rows of 5-60 tokens, as SST-2's",
+        ENCODER,
+        "float32",
+        32,
+        5,
+        60,
+        12,
+        usual=15,
+        task="sequence_classification",
+        targets=BERT_PROJECTIONS,
+    ),
+    "llama-1.1b": Shape(
+        "Llama of 1.1B parameters, bfloat16; 4 rows of 2,048 tokens",
+        LLAMA_1B,
+        "bfloat16",
+        4,
+        2048,
+        2048,
+        4,
+        2,
+        needs_cuda=True,
+    ),
+    "llama-8b": Shape(
+        "Llama of 8B parameters, bfloat16; 1 row of 2,048 tokens",
+        LLAMA_8B,
+        "bfloat16",
+        1,
+        2048,
+        2048,
+        4,
+        2,
+        needs_cuda=True,
+    ),
 }
 
 
-def rows(shape: Shape) -> list[list[int]]:
-    chance = random.Random(1)
-    return [[chance.randrange(10, shape.config["vocab_size"]) for _ in range(length)] for length in shape.lengths()]
+def unavailable() -> dict[str, str]:
+    """What others measure and this version does not have, as its own recipe tells."""
+    from lora_cli.recipe.schema import LoraSection, ModelSection
 
-
-def save_base(shape: Shape, folder: Path) -> Path:
-    """The base's weights on disk, once for all contenders."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lora_cli.models import quiet
-
-    settings = {key: value for key, value in shape.config.items() if key != "model_type"}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(shape.config["model_type"], **settings)
-    with quiet():
-        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).save_pretrained(folder)
-    (folder / "rows.json").write_text(json.dumps(rows(shape)), encoding="utf-8")
-    return folder
+    features = {"DoRA": ("use_dora", LoraSection), "nf4 base": ("quantization", ModelSection)}
+    return {
+        name: "not available in this version"
+        for name, (key, section) in features.items()
+        if key not in section.model_fields
+    }

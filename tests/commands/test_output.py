@@ -71,6 +71,7 @@ CHANGES: list[dict[str, Any]] = [
     {"dataset.eval_size": 4, "training.metric_for_best_model": "eval_token_accuracy"},
     {"dataset.eval_size": 0.25, "training.early_stopping_patience": 3, "training.eval_steps": 0.5},
     {"training.max_grad_norm": None, "training.warmup_steps": 2, "training.report_to": ["tensorboard"]},
+    {"training.global_batch_size": 3, "training.strategy": "fsdp"},
     {"method": "full", "lora": {}},
     {"method": "head", "lora": {"modules_to_save": ["layers.0.mlp"]}},
     {"lora.rank_pattern": {"q_proj": 2}, "lora.alpha_pattern": {"q_proj": 3.5}, "lora.exclude_modules": ["v_proj"]},

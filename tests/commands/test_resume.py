@@ -288,6 +288,7 @@ FREE = {
     "training.report_to": "tensorboard",
     "training.per_device_eval_batch_size": 1,
     "training.gradient_checkpointing": True,
+    "training.strategy": "fsdp",
 }
 
 
@@ -301,15 +302,17 @@ def test_a_key_that_changes_no_number_may_change_on_the_way(recipe, straight, ke
 
 
 FREE_TOGETHER = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4}
+FREE_INSTEAD = {"training.per_device_train_batch_size": 3, "training.global_batch_size": 4}
 
 
-def test_the_rows_of_a_step_may_be_cut_in_another_way(recipe, straight):
+@pytest.mark.parametrize("cut", [FREE_TOGETHER, FREE_INSTEAD], ids=["accumulated", "global"])
+def test_the_rows_of_a_step_may_be_cut_in_another_way(recipe, straight, cut):
     """What an out-of-memory error advises: the same steps, within float tolerance."""
-    changes = {"training.max_steps": 7, "training.gradient_accumulation_steps": 1}
+    changes = {"training.max_steps": 7}
     reference = straight(**changes)
     folder = stop_after(recipe(**changes), 3)
     observer = Observer()
-    run(recipe(**changes | FREE_TOGETHER), observer)
+    run(recipe(**changes | cut), observer)
     assert observer.done == [4, 5, 6, 7]
     ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, reference))
     for name, tensor in theirs.items():
@@ -321,8 +324,8 @@ def test_another_number_of_rows_in_a_step_is_refused(recipe, lora):
     result = lora("train", recipe(**{"training.gradient_accumulation_steps": 2}))
     assert result.code == 2
     assert (
-        "training.per_device_train_batch_size x gradient_accumulation_steps made 4 rows a step when this run began, "
-        "and makes 8"
+        "training.per_device_train_batch_size x gradient_accumulation_steps x processes (or global_batch_size) made "
+        "4 rows a step when this run began, and makes 8"
     ) in result.err
 
 
@@ -347,7 +350,8 @@ def test_every_key_is_either_compared_or_shown_here_to_be_free():
     leaves = {key for key in all_keys() if not any(other.startswith(f"{key}.") for other in all_keys())}
     assert set(fixed_keys(recipe)) == leaves - FREE_KEYS
     with_fewer_layers = "training.cache_frozen_layers"  # shown in test_caching.py
-    assert {*FREE, *FREE_TOGETHER, with_fewer_layers, "output_dir", "dataset.path", "dataset.eval_path"} == FREE_KEYS
+    shown = {*FREE, *FREE_TOGETHER, *FREE_INSTEAD, with_fewer_layers}
+    assert {*shown, "output_dir", "dataset.path", "dataset.eval_path"} == FREE_KEYS
 
 
 def test_changed_rows_are_refused(recipe, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapters.files import trained_tensors
 from lora_cli.adapters.injection import base_name
@@ -23,7 +23,9 @@ from lora_cli.adapters.layer import LoRALinear
 from lora_cli.commands import plan as plan_module
 from lora_cli.commands import train as train_command
 from lora_cli.commands.train import Outcome, train
+from lora_cli.fusion import forms, proof
 from lora_cli.fusion.frozen import FrozenLayers
+from lora_cli.ops import kernels
 from lora_cli.recipe import TrainingSection, load_recipe
 from lora_cli.report.training import Silence
 from lora_cli.training import run as run_module
@@ -37,9 +39,9 @@ class Seen(Silence):
 
     saves: list[int] = field(default_factory=list)
     eval_batches: list[int] = field(default_factory=list)
-    forwards: int = 0  # of one adapted layer, with gradients
-    groups: list[int] = field(default_factory=list)  # rows that frozen layers were run on
-    compiled: list[dict[str, Any]] = field(default_factory=list)
+    forwards: int = 0  # of gated MLPs, with gradients
+    groups: list[int] = field(default_factory=list)  # rows whose frozen layers were run
+    compiled: list[bool] = field(default_factory=list)  # whether each was to be compiled
     asked_for_cpu: list[bool] = field(default_factory=list)
     outcome: Outcome = None  # type: ignore[assignment]
 
@@ -76,12 +78,13 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
 
     def go(name: str = "run", script: list[dict[str, float]] | None = None, **changes: Any) -> Seen:
         seen = Seen()
-        layer_forward, choose_device = LoRALinear.forward, plan_module.choose_device
+        gated, choose_device = forms.gated_low_rank, plan_module.choose_device
         compute = FrozenLayers._compute
 
-        def forward(layer: LoRALinear, x: Tensor) -> Tensor:
-            seen.forwards += layer.training and layer.base.out_features == 48  # gate and up of two layers
-            return layer_forward(layer, x)
+        def forward(*inputs: Any, compile: bool) -> Tensor:
+            seen.forwards += torch.is_grad_enabled()
+            seen.compiled.append(compile)
+            return gated(*inputs)
 
         def computing(frozen: FrozenLayers, group: list[Any], *arguments: Any) -> None:
             seen.groups.append(len(group))
@@ -92,9 +95,10 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
             return choose_device(True)
 
         with monkeypatch.context() as patch:
-            patch.setattr(LoRALinear, "forward", forward)
+            patch.setattr(forms, "gated_low_rank", forward)
             patch.setattr(FrozenLayers, "_compute", computing)
-            patch.setattr(nn.Module, "compile", lambda module, **options: seen.compiled.append(options))
+            patch.setattr(proof, "why_not_compiled", lambda device: None)
+            patch.setattr(kernels, "_compiled", lambda formula: formula)
             patch.setattr(plan_module, "choose_device", choose)
             if script:
                 left = iter(script)
@@ -123,7 +127,7 @@ def weight_decay(before: Seen, after: Seen) -> None:
 
 def gradient_accumulation_steps(before: Seen, after: Seen) -> None:
     assert after.column("epoch") == pytest.approx([2 * epoch for epoch in before.column("epoch")])
-    assert after.forwards == 2 * before.forwards
+    assert after.forwards == 2 * before.forwards > 0
     assert after.column("tokens")[-1] > 1.5 * before.column("tokens")[-1]
 
 
@@ -181,7 +185,12 @@ def adam_epsilon(before: Seen, after: Seen) -> None:
 
 
 def gradient_checkpointing(before: Seen, after: Seen) -> None:
-    assert after.forwards == 2 * before.forwards
+    assert after.forwards == 2 * before.forwards > 0
+    assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
+
+
+def selective_checkpointing(before: Seen, after: Seen) -> None:
+    assert after.forwards == 1.5 * before.forwards > 0, "one of the two layers is computed twice"
     assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
 
 
@@ -193,8 +202,8 @@ def cache_frozen_layers(before: Seen, after: Seen) -> None:
 
 
 def torch_compile(before: Seen, after: Seen) -> None:
-    assert before.compiled == []
-    assert after.compiled == [{"dynamic": True}] * 2, "each of the two layers"
+    assert set(before.compiled) == {False}
+    assert set(after.compiled) == {True}
 
 
 def use_cpu(before: Seen, after: Seen) -> None:
@@ -243,6 +252,13 @@ def report_to(before: Seen, after: Seen) -> None:
     assert len(list((after.outcome.output.root / "tensorboard").iterdir())) == 1
 
 
+def strategy(before: Seen, after: Seen) -> None:
+    """What it does in several processes is shown in ``test_several_processes.py``."""
+    note = "training.strategy: fsdp shards nothing in a single process"
+    assert note not in before.outcome.plan.notes
+    assert note in after.outcome.plan.notes
+
+
 @dataclass(frozen=True)
 class Trial:
     """One key: the changed value, what both runs need around it, and what the change must do."""
@@ -262,6 +278,7 @@ TRIALS: dict[str, list[Trial]] = {
     "learning_rate": [Trial(0.02, learning_rate, ONE)],
     "weight_decay": [Trial(0.5, weight_decay, ONE | {"weight_decay": 0.0})],
     "gradient_accumulation_steps": [Trial(2, gradient_accumulation_steps)],
+    "global_batch_size": [Trial(8, gradient_accumulation_steps)],
     "per_device_train_batch_size": [Trial(2, per_device_train_batch_size)],
     "per_device_eval_batch_size": [Trial(1, per_device_eval_batch_size, HELD_OUT)],
     "num_train_epochs": [Trial(1.5, num_train_epochs, {"max_steps": None, "num_train_epochs": 1.0})],
@@ -274,12 +291,13 @@ TRIALS: dict[str, list[Trial]] = {
     "adam_beta1": [Trial(0.1, beta)],
     "adam_beta2": [Trial(0.1, beta)],
     "adam_epsilon": [Trial(1.0, adam_epsilon, ONE)],
-    "gradient_checkpointing": [Trial(True, gradient_checkpointing), Trial("selective", gradient_checkpointing)],
+    "gradient_checkpointing": [Trial(True, gradient_checkpointing), Trial("selective", selective_checkpointing)],
     "cache_frozen_layers": [
         Trial(where, cache_frozen_layers, {"max_steps": 18, "lora.layers_to_transform": [1]})
         for where in ("memory", "disk")
     ],
     "torch_compile": [Trial(True, torch_compile)],
+    "strategy": [Trial("fsdp", strategy)],
     "use_cpu": [Trial(False, use_cpu)],
     "seed": [Trial(43, seed)],
     "logging_steps": [Trial(3, logging_steps, {"max_steps": 7})],
@@ -620,15 +638,17 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # with fused forms, and without
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides by hand
-def test_torch_compile_trains_like_eager(recipe, tmp_path):
+def test_torch_compile_trains_like_eager(kind, recipe, tmp_path, model_folder):
     """Two steps and an evaluation, compiled in earnest."""
     outcomes = []
     for compiled in (False, True):
         path = recipe(
             name=f"{compiled}.yaml",
             output_dir=str(tmp_path / str(compiled)),
+            model={"path": str(model_folder(kind)), "dtype": "float32"},
             **{"training.torch_compile": compiled, "training.max_steps": 2, "dataset.eval_size": 4},
         )
         outcomes.append(train(load_recipe(path), Silence()))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.batches import Batch, Layout, StepPlan, collate, evaluation_batches
+from lora_cli.data.batches import Batch, Layout, StepPlan, collate, evaluation_batches, shared_prefix
 from lora_cli.data.encoding import Example
 from lora_cli.distributed import World
 
@@ -151,13 +151,39 @@ def test_rows_end_to_end_hold_the_same_targets_without_padding():
 
 
 def test_a_line_is_filled_up_with_a_row_that_counts_for_nothing():
-    rows = [example([5, 6, 7], [1, 2], "a"), example([8, 9], [1], "b")]
-    batch = collate(rows, 3, Layout(end_to_end=True, multiple=4))
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 3, 3]]
-    assert batch.rows.lengths == (3, 2, 3)
-    assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (2, 5, 3)
+    rows, layout = rows_of_lengths(20, 18), Layout(end_to_end=True, multiple=3)
+    batch = collate(rows, 3, layout)
+    assert batch.input_ids[0, 38:].tolist() == [3]
+    assert batch.rows.lengths == (20, 18, 1)
+    assert (batch.num_rows, batch.num_tokens, batch.num_targets) == (2, 38, 2)
     assert target_of(batch) == target_of(collate(rows, 3))
-    assert collate(rows[:1], 3, Layout(end_to_end=True, multiple=3)).rows.lengths == (3,), "nothing to fill"
+
+
+def test_a_line_that_is_short_or_round_is_left_as_it_is():
+    assert [Layout(end_to_end=True, multiple=48).filling(n) for n in (1, 479, 480, 481, 1000)] == [0, 0, 0, 47, 8]
+    assert Layout(end_to_end=False, multiple=48).filling(481) == 0
+
+
+def test_a_prefix_that_all_rows_begin_with_stands_once():
+    rows = [example([1, 2, 3, 4, 5], [4], "a"), example([1, 2, 3, 6, 7, 8], [4, 5], "b")]
+    batch = collate(rows, 0, Layout(end_to_end=True, share=3))
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert (batch.rows.lengths, batch.rows.prefix) == ((3, 2, 3), 3)
+    assert batch.rows.positions().tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert batch.rows.key_lengths == (3, 5, 6)
+    assert batch.rows.key_places.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
+    assert target_of(batch) == target_of(collate(rows, 0))
+    assert (batch.num_tokens, batch.num_rows) == (11, 2)
+    assert collate(rows, 0, Layout(end_to_end=True, share=4)).rows.prefix == 0, "it would not spare enough"
+
+
+def test_a_shared_prefix_ends_before_any_target_is_predicted():
+    """Each row keeps the position that its first target is predicted from: there they are told apart."""
+    rows = [example([1, 2, 3, 4, 5], [3], "a"), example([1, 2, 3, 4, 6], [4], "b")]
+    assert shared_prefix(rows, 1) == 2
+    assert shared_prefix([rows[0]], 1) == 0, "alone there is nobody to share with"
+    assert shared_prefix([rows[0], example([9, 2, 3], [2])], 1) == 0
+    assert shared_prefix([example([1, 2], [1]), example([1, 2], [1])], 1) == 0, "nothing before the first target"
 
 
 def test_a_target_that_is_the_pad_id_stays_a_target():

@@ -6,6 +6,7 @@ Loss and every gradient, for architectures of many kinds; and which way each of 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,13 +196,48 @@ def test_in_bfloat16_it_is_no_less_exact_than_the_model_s_own_code(kind: str):
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")])
 def test_a_line_that_is_filled_up_gives_the_same(kind: str, task: str):
-    from dataclasses import replace
-
     values = (CAUSAL if task == "causal_lm" else CLASSIFIERS)[kind][0]
     network, rows = build_network(adapted(kind, task, values), task), rows_of(task)
-    filled = replace(network, layout=replace(network.layout, multiple=48))
-    assert collate(rows, 0, filled.layout).input_ids.shape[1] % 48 == 0
+    filled = replace(network, layout=replace(network.layout, multiple=6))
+    assert sum(length for length, _ in LENGTHS) % 6 != 0
+    assert collate(rows, 0, filled.layout).input_ids.shape[1] % 6 == 0
     assert worst(loss_and_gradients(filled, task, rows), loss_and_gradients(network, task, rows)) < 1e-6
+
+
+def with_prefix(length: int) -> list[Example]:
+    """The rows behind a beginning in common, as of a system prompt."""
+    begin = np.random.default_rng(9).integers(3, 120, length).astype(np.int32)
+    return [
+        replace(
+            row,
+            input_ids=np.concatenate([begin, row.input_ids]),
+            supervised=np.concatenate([np.zeros(length, dtype=bool), row.supervised]),
+        )
+        for row in rows_of("causal_lm")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen3", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("multiple", [1, 7])
+def test_a_shared_prefix_is_computed_once_and_loss_and_gradients_stay_the_rows_own(kind: str, multiple: int):
+    model, rows = adapted(kind, "causal_lm", CAUSAL[kind][0]), with_prefix(20)
+    exact = reference(model, "causal_lm", rows)
+    network = build_network(model, "causal_lm")
+    assert network.layout.share > 0
+    network = replace(network, layout=replace(network.layout, multiple=multiple))
+    batch = collate(rows, 0, network.layout)
+    assert batch.rows.prefix >= 20
+    assert batch.input_ids.shape[1] < sum(len(row.input_ids) for row in rows) - 3 * 20
+    assert worst(loss_and_gradients(network, "causal_lm", rows), exact) < 1e-5
+
+
+def test_rows_are_told_apart_behind_a_shared_prefix():
+    """The negative control: with other tokens in the prefix of one row, nothing is shared, and the loss differs."""
+    network, rows = build_network(plain(), "causal_lm"), with_prefix(20)
+    shared = loss_and_gradients(network, "causal_lm", rows)["loss"]
+    changed = [replace(rows[0], input_ids=rows[0].input_ids[::-1].copy()), *rows[1:]]
+    assert collate(changed, 0, network.layout).rows.prefix == 0
+    assert abs(loss_and_gradients(network, "causal_lm", changed)["loss"] - shared) > 0.1
 
 
 def test_a_kernel_that_is_asked_for_keeps_rows_padded_and_other_forms():
@@ -250,6 +286,7 @@ def test_dropout_in_an_adapter_or_the_model_is_kept():
         layer.dropout = nn.Dropout(0.5)
     network, rows = build_network(model, "causal_lm"), rows_of("causal_lm")
     assert GATED not in forms_in(model)
+    assert network.layout.share == 0, "each row drops for itself, also in what it shares"
     one, other = (loss_and_gradients(network, "causal_lm", rows)["loss"] for _ in range(2))
     assert one != other
     config = GROUPED | {"attention_dropout": 0.5}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.ops import attention
-from lora_cli.ops.attention import Sight, attend_rows
+from lora_cli.ops import attention, blocked_attention
+from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import Sight
 
-LENGTHS = [5, 70, 1, 130, 33]
+LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 SIGHTS = [
     Sight(0.3, causal, window, softcap)
@@ -82,6 +83,38 @@ def test_the_way_row_by_row_is_the_same(sight):
     assert relative(ours, exact) < 1e-5
 
 
+PREFIX, OWN = 37, [5, 70, 1, 3]
+CAUSAL = [sight for sight in SIGHTS if sight.causal]
+
+
+def expanded(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """By hand: every row with its own copy of the prefix; what the copies give is left out."""
+    places, start = [], PREFIX
+    for length in OWN:
+        places.append(torch.cat([torch.arange(PREFIX), torch.arange(start, start + length)]))
+        start += length
+    lengths = [PREFIX, *(PREFIX + length for length in OWN)]
+    whole = torch.cat([torch.arange(PREFIX), *places])
+    out = by_hand(q[whole], k[whole], v[whole], lengths, sight)
+    firsts = [0, *itertools.accumulate(lengths)]
+    own = [out[first + PREFIX : first + length] for first, length in zip(firsts[1:], lengths[1:], strict=False)]
+    return torch.cat([out[:PREFIX], *own])
+
+
+def row_by_row(q: Tensor, k: Tensor, v: Tensor, rows: Rows, sight: Sight) -> Tensor:
+    return attention._row_by_row(q, k[rows.key_places], v[rows.key_places], rows, sight, 0.0)
+
+
+@pytest.mark.parametrize("way", [attend_rows, row_by_row])
+@pytest.mark.parametrize("sight", CAUSAL, ids=str)
+def test_rows_see_a_shared_prefix_as_if_each_had_its_own(sight, way):
+    rows = Rows.of([PREFIX, *OWN], prefix=PREFIX)
+    inputs, gradient = draw(torch.float64, list(rows.lengths))
+    ours = output_and_gradients(inputs, gradient, lambda q, k, v: way(q, k, v, rows, sight))
+    exact = output_and_gradients(inputs, gradient, lambda q, k, v: expanded(q, k, v, sight))
+    assert relative(ours, exact) < 1e-12
+
+
 def test_in_bfloat16_it_is_no_less_exact_than_torch_s_own_kernel():
     inputs, gradient = draw(torch.bfloat16)
     rows, sight = Rows.of(LENGTHS), Sight(SIZE**-0.5)
@@ -103,6 +136,17 @@ def test_no_row_sees_another_bit_for_bit():
     assert torch.equal(before[:5], after[:5])
     assert torch.equal(before[75:], after[75:])
     assert not torch.equal(before[5:75], after[5:75])
+
+
+def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
+    lengths = tuple(LENGTHS)
+    together = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3))
+    assert [group.lengths for _, _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
+    assert [some.stop for some, _, _ in together] == [5, 75, 79, 209, 282]
+    alone = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
+    assert [group.lengths for _, _, group in alone] == [(length,) for length in lengths]
+    many = blocked_attention._groups((60,) * 40, 0, HEADS, KV_HEADS, Sight(0.3))
+    assert max(len(group.lengths) for _, _, group in many) == 2**19 // (HEADS * 64 * 64)
 
 
 def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():

@@ -143,6 +143,36 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         ["training.warmup_steps=9", "training.max_steps=10"],
     ),
     (
+        "_one_batch_size",
+        ["training.global_batch_size=8", "training.gradient_accumulation_steps=1"],
+        "training.gradient_accumulation_steps",
+        "cannot be combined with global_batch_size",
+        ["training.global_batch_size=null", "training.gradient_accumulation_steps=1"],
+    ),
+    *(
+        (
+            "_fsdp_is_for_lora",
+            [CLASSIFY, f"method={method}", "training.strategy=fsdp"],
+            "training.strategy",
+            f"fsdp shards a base that stays frozen, and method: {method} writes a whole model",
+            [CLASSIFY, f"method={method}", "training.strategy=ddp"],
+        )
+        for method in ("full", "head")
+    ),
+    *(
+        (
+            "_fsdp_runs_every_layer",
+            ["training.strategy=fsdp", f"training.{key}={value}", "lora.layers_to_transform=[1]"],
+            f"training.{key}",
+            message,
+            ["training.strategy=ddp", f"training.{key}={value}", "lora.layers_to_transform=[1]"],
+        )
+        for key, value, message in [
+            ("cache_frozen_layers", "disk", "cannot be combined with fsdp"),
+            ("gradient_checkpointing", "offload", "offload cannot be combined with fsdp"),
+        ]
+    ),
+    (
         "_offload_is_not_compiled",
         ["training.gradient_checkpointing=offload", "training.torch_compile=true"],
         "training.gradient_checkpointing",

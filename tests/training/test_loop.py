@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
@@ -20,7 +21,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.recipe import LoraSection, TrainingSection
-from lora_cli.tasks import CausalLM, SequenceClassification
+from lora_cli.tasks import TASKS, CausalLM, SequenceClassification
 from lora_cli.training import loop
 from lora_cli.training.loop import LoopSettings, accumulate_gradients, train_step, train_steps
 from lora_cli.training.optimizer import FlatAdamW, trained_parameters
@@ -183,6 +184,33 @@ class FlatSGD(FlatAdamW):
     def update(self, finite: Tensor) -> None:
         if finite:
             self.values.sub_(self.gradients)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make a host wait for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "is_nonzero"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_the_device_is_asked_for_nothing_inside_a_step_and_once_at_its_end(task):
+    network = fast(adapted(task=task), task)
+    rows = EXAMPLES if task == "causal_lm" else LABELLED
+    batches, optimizer = cut(rows, 4, network.layout), FlatAdamW(network.model, TrainingSection())
+    with Reads() as inside:
+        accumulate_gradients(network, TASKS[task], batches, CPU)
+    assert inside.names == []
+    with Reads() as whole:
+        train_step(network, TASKS[task], batches, optimizer, 1.0, CPU)
+    assert len(whole.names) <= 2, "the loss and the norm"
 
 
 def sgd(model: Any) -> FlatSGD:

@@ -1,0 +1,27 @@
+"""Compiling a model's layers as they are, where it has no fused forms whose work could be compiled alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from lora_cli.data.batches import PADDED
+from lora_cli.fusion.layers import repeated_layers
+from lora_cli.fusion.network import Network
+
+
+def compile_layers(network: Network) -> Network:
+    """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected.
+
+    Rows lie side by side then: the lengths of rows that lie end to end would make every batch a new program.
+    """
+    model = network.model
+    if network.end_to_end:
+        model.set_attn_implementation(network.own_attention)
+    layers: list[nn.Module] = list(repeated_layers(model).values())
+    for module in layers or [model]:
+        module.compile(dynamic=True)
+    return replace(
+        network, layout=PADDED, first_position=0, notes=(*network.notes, "rows are padded: layers are compiled")
+    )

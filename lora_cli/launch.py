@@ -1,0 +1,119 @@
+"""Several processes for one run: whether torchrun started this one, and starting them without it.
+
+`lora train --nproc-per-node N` does on one machine what torchrun does: it hosts the store at which the
+processes meet, starts them with torchrun's own machinery, passes signals on and waits. Unlike torchrun it
+ends with the exit code of the process that ended first, and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from lora_cli.errors import UsageError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launched() -> bool:
+    """Whether torchrun (or something that speaks like it) started this process.
+
+    Raises ``UsageError`` for half of its variables: training alone, N times into one folder, is no fallback.
+    """
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(missing):  # an address alone, or nothing: clusters set it for others
+        return False
+    if missing:
+        given = [name for name in VARIABLES if name not in missing]
+        raise UsageError(
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set in the environment as by torchrun, "
+            f"but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not",
+            "start with torchrun, or use --nproc-per-node; for a single process unset them",
+        )
+    return True
+
+
+def check_launch(processes: int) -> None:
+    """Raises ``UsageError`` where processes cannot be started at all."""
+    if processes < 1:
+        raise UsageError(f"--nproc-per-node must be 1 or more, not {processes}")
+    if launched():
+        raise UsageError(
+            "--nproc-per-node starts processes, and this one was started by torchrun already", "leave the flag out"
+        )
+
+
+def check_devices(processes: int, use_cpu: bool) -> None:
+    """Raises ``UsageError`` for more processes than GPUs, where there are any."""
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() and not use_cpu else processes
+    if processes > devices:
+        raise UsageError(
+            f"--nproc-per-node {processes} needs {processes} CUDA devices, and there are {devices}",
+            f"use --nproc-per-node {devices}, or training.use_cpu=true",
+        )
+
+
+def launch(processes: int, arguments: list[str]) -> int:
+    """Run `lora ARGUMENTS` in so many processes that know one another. Returns the run's exit code."""
+    import logging
+    from tempfile import TemporaryDirectory
+
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it tells of every process that ends
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with TemporaryDirectory() as folder:
+        context = start_processes(
+            "lora",
+            sys.executable,
+            args=dict.fromkeys(range(processes), ("-m", "lora_cli", *arguments)),
+            envs={rank: environment(rank, processes, store.port) for rank in range(processes)},
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        _forward_signals(context)
+        result = context.wait(period=0.1)
+    assert result is not None
+    first = next(iter(result.failures.values()), None)  # the others follow it
+    if first is None:
+        return 0
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process on a single machine; and the cores are shared out, so that all run at once."""
+    threads = max(1, len(_cores()) // processes)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def _cores() -> Any:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _forward_signals(context: Any) -> None:
+    """The processes have sessions of their own, so a terminal's Ctrl-C reaches this one only."""
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for pid in context.pids().values():
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:  # it has just ended
+                continue
+
+    for number in FORWARDED:
+        signal.signal(number, forward)

@@ -1,0 +1,54 @@
+"""Who is measured: this tool, and each peer that is installed.
+
+A contender is a function that trains on a ``Job`` as its own documentation says, and tells the job each finished step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from tests.benchmarks.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Contender:
+    place: str  # module.function below this package, imported only where it runs
+    modules: tuple[str, ...] = ()  # what has to be installed
+    needs_cuda: bool = False
+    tasks: tuple[str, ...] = ("causal_lm", "sequence_classification")
+
+    def train(self) -> Any:
+        module, _, function = self.place.rpartition(".")
+        return getattr(import_module(f"{__name__}.{module}"), function)
+
+    def why_not(self, shape: Shape, *, cuda: bool) -> str | None:
+        """Why it cannot be measured here; None where it can."""
+        if shape.task not in self.tasks:
+            return "does not train this task"
+        if self.needs_cuda and not cuda:
+            return "not measured: no CUDA device"
+        if not all(find_spec(module) for module in self.modules):
+            return "not installed"
+        return None
+
+
+TRAINER = ("peft", "accelerate")
+CONTENDERS = {
+    "lora": Contender("ours.train"),
+    "peft+trainer": Contender("trainer.train", TRAINER),
+    "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER),
+    "peft+trainer+liger": Contender(
+        "trainer.train_liger", (*TRAINER, "liger_kernel"), needs_cuda=True, tasks=("causal_lm",)
+    ),
+    "trl": Contender("trl.train", ("peft", "trl"), tasks=("causal_lm",)),
+    "unsloth": Contender("unsloth.train", ("unsloth", "trl"), needs_cuda=True, tasks=("causal_lm",)),
+}
+# One idea of ours switched off at a time: what each one pays.
+ABLATIONS = {
+    "lora, rows padded": Contender("ours.train_padded"),
+    "lora, no fused forms": Contender("ours.train_unfused"),
+    "lora, freed memory given back": Contender("ours.train_giving_back"),
+}

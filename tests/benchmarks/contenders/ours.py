@@ -1,0 +1,64 @@
+"""This tool: the product's own loop, and the same with one idea switched off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lora_cli import device
+from lora_cli.adapters.initialisation import initialise
+from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.data.batches import StepPlan
+from lora_cli.data.encoding import Example
+from lora_cli.fusion.proof import build_network
+from lora_cli.models import head_modules
+from lora_cli.recipe import LoraSection, TrainingSection
+from lora_cli.tasks import TASKS
+from lora_cli.training.loop import LoopSettings, train_steps
+from lora_cli.training.optimizer import FlatAdamW
+from tests.benchmarks.contenders.job import Job
+from tests.benchmarks.shapes import ALPHA, RANK, Row, Shape
+
+
+def train(job: Job, *, keep_freed: bool = True, attention: str = "auto", fused: bool = True) -> None:
+    if keep_freed:
+        device.keep_freed_memory()
+    shape = job.shape
+    model = adapted(job.load(), shape).to(job.device)
+    model.train()
+    examples = [_example(row, f"row {number}") for number, row in enumerate(job.rows)]
+    plan = StepPlan(len(examples), shape.rows_per_step, 1, seed=0, shuffle=False)
+    settings = LoopSettings(2e-4, "linear", 0, shape.steps * job.epochs, 1.0, pad_id=0)
+    network = build_network(model, shape.task, attention=attention, fused=fused)
+    optimizer = FlatAdamW(model, TrainingSection())
+    task = TASKS[shape.task]
+    for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
+        job.tick()
+
+
+def train_padded(job: Job) -> None:
+    train(job, attention="sdpa")
+
+
+def train_unfused(job: Job) -> None:
+    train(job, fused=False)
+
+
+def train_giving_back(job: Job) -> None:
+    train(job, keep_freed=False)
+
+
+def adapted(model: Any, shape: Shape) -> Any:
+    """Adapters on the shape's targets, the rest frozen; a classifier's head is trained in full, as PEFT does."""
+    lora = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets))
+    saved = head_modules(model, shape.task)
+    attach(model, find_targets(model, lora, saved))
+    freeze_base(model, saved)
+    initialise(adapters_of(model), True, 0)
+    return model
+
+
+def _example(row: Row, where: str) -> Example:
+    supervised = (np.arange(len(row.ids)) >= row.prompt) & (row.label is None)
+    return Example(np.asarray(row.ids, dtype=np.int32), supervised, where, row.label)

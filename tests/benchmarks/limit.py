@@ -1,0 +1,87 @@
+"""The limit: the matrix products alone. ``python -m tests.benchmarks.limit SHAPE``, in a process of its own.
+
+Counted is, for each step of the measured passes, in the step's dtype and at its real number of tokens N (no padding):
+
+- per layer the forward product of every frozen matrix (Llama: q, k, v, o, gate, up, down; BERT: query, key, value and
+  the three dense ones), x (N, I) times W^T;
+- the product for the gradient of its input, dy (N, O) times W; not for the first layer's queries, keys and values,
+  since nothing below them is trained;
+- the same two for the output head (a classifier: the pooler), at the M supervised positions only.
+
+Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each
+layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes,
+the passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be faster than
+this without multiplying less or multiplying differently; what lacks to 100 % is what everything else costs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_cli.device import keep_freed_memory
+from tests.benchmarks.products import Product, product_flops, products
+from tests.benchmarks.shapes import SHAPES, Shape
+
+MULTIPLES = (1, 48)
+Sizes = tuple[int, int]  # tokens, supervised positions
+
+
+@torch.no_grad()
+def measure_limit(shape: Shape) -> dict[str, float]:
+    """Real tokens and operations per second of the products alone."""
+    keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make = partial(torch.randn, dtype=getattr(torch, shape.dtype), device=device)
+    weights = [(product, make(product.outputs, product.inputs)) for product in products(shape)]
+    sizes = [(sum(len(row.ids) for row in step), sum(row.num_targets for row in step)) for step in shape.step_rows()]
+    seconds = min(
+        _seconds(weights, [_filled(s, multiple) for s in sizes], shape.passes, make) for multiple in MULTIPLES
+    )
+    tokens = shape.passes * sum(tokens for tokens, _ in sizes)
+    flops = shape.passes * product_flops(shape, shape.rows())
+    return {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+
+
+def _filled(sizes: Sizes, multiple: int) -> Sizes:
+    return -(-sizes[0] // multiple) * multiple, sizes[1]
+
+
+def _seconds(
+    weights: list[tuple[Product, Tensor]], sizes: list[Sizes], passes: int, make: Callable[..., Tensor]
+) -> float:
+    """Of the measured passes, after one that is not."""
+    given = {
+        (width, product.on_targets): make(max(size[product.on_targets] for size in sizes), width)
+        for product, _ in weights
+        for width in {product.inputs, product.outputs}
+    }
+    began = 0.0
+    for number in range(passes + 1):
+        if number == 1:
+            _wait()
+            began = time.perf_counter()
+        for size in sizes:
+            for product, weight in weights:
+                F.linear(given[product.inputs, product.on_targets][: size[product.on_targets]], weight)
+            for product, weight in reversed(weights):
+                if product.input_gradient:
+                    given[product.outputs, product.on_targets][: size[product.on_targets]] @ weight
+    _wait()
+    return time.perf_counter() - began
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_limit(SHAPES[sys.argv[1]])))  # noqa: T201

@@ -1,0 +1,73 @@
+"""Compiling: element-wise work of fused forms, or whole layers where there are none; and what refuses it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_cli.data.batches import PADDED
+from lora_cli.errors import UsageError
+from lora_cli.fusion import proof
+from lora_cli.fusion.proof import build_compiled_network, build_network
+from lora_cli.ops import kernels
+from tests.conftest import tiny_model
+from tests.fusion.test_networks import CAUSAL, adapted, loss_and_gradients, rows_of, worst
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, reason: str | None = None) -> tuple[list[str], list[nn.Module]]:
+    """A compiler that notes what it is given and changes nothing."""
+    formulas: list[str] = []
+    layers: list[nn.Module] = []
+    monkeypatch.setattr(proof, "why_not_compiled", lambda device: reason)
+    monkeypatch.setattr(kernels, "_compiled", lambda formula: formulas.append(formula.__name__) or formula)
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: layers.append(module))
+    return formulas, layers
+
+
+def test_fused_forms_compile_their_element_wise_work_and_nothing_else(monkeypatch):
+    formulas, layers = pretend(monkeypatch)
+    network = build_compiled_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
+    assert network.end_to_end
+    loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+    assert set(formulas) == {"_rms_norm_forward", "_rms_norm_backward", "_rotated", "_inner", "_inner_backward"}
+    assert layers == []
+
+
+def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_side(monkeypatch):
+    formulas, layers = pretend(monkeypatch)
+    build = lambda: adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0])  # noqa: E731
+    network, plain = build_compiled_network(build(), "causal_lm"), build_network(build(), "causal_lm")
+    assert len(layers) == 2
+    assert formulas == []
+    assert network.layout == PADDED
+    assert plain.end_to_end, "without compiling it would not pad"
+    assert "rows are padded: layers are compiled" in network.notes
+    rows = rows_of("causal_lm")
+    ours, other = (loss_and_gradients(n, "causal_lm", rows) for n in (network, plain))
+    assert worst(ours, other) < 1e-5
+
+
+def test_without_a_compiler_it_is_refused_by_name_and_cuda_s_own_wish_is_only_noted(monkeypatch):
+    pretend(monkeypatch, "no C++ compiler")
+    model = adapted("llama", "causal_lm", CAUSAL["llama"][0])
+    with pytest.raises(UsageError, match="torch_compile cannot work here: no C\\+\\+ compiler"):
+        build_compiled_network(model, "causal_lm")
+    network = build_network(model, "causal_lm", compile=True)
+    assert network.notes == ("element-wise work is not compiled: no C++ compiler",)
+    assert network.forms
+
+
+def test_the_reason_is_the_error_s_first_line(monkeypatch):
+    def broken(formula):
+        raise RuntimeError("\n  g++ is not there\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert kernels.why_not_compiled(torch.device("cpu")) == "g++ is not there"
+
+
+def test_a_model_that_was_only_looked_at_is_as_it_was():
+    model = tiny_model("llama").train()
+    build_network(model, "causal_lm", attention="eager", fused=False)
+    assert model.training
+    assert not any("forward" in vars(module) for module in model.modules())

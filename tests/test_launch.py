@@ -1,0 +1,109 @@
+"""`lora train --nproc-per-node N`: processes started, signals passed on, and the exit code of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from lora_cli.errors import UsageError
+from lora_cli.launch import VARIABLES, check_devices, check_launch, environment, launched
+from tests.processes import finish, printed, start
+
+HERE_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_it_knows_whether_torchrun_started_it(monkeypatch):
+    assert not launched()
+    monkeypatch.setenv("MASTER_ADDR", "somewhere")  # clusters set it in every pod
+    assert not launched()
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1")
+    assert launched()
+
+
+@pytest.mark.parametrize("missing", VARIABLES)
+def test_half_of_torchruns_variables_are_refused_by_name(monkeypatch, missing, lora, recipe):
+    for name in VARIABLES:
+        if name != missing:
+            monkeypatch.setenv(name, "1")
+    result = lora("train", recipe())
+    assert result.code == 2
+    assert f"but {missing} is not" in result.err
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_than_one_process_is_refused(lora, recipe, count):
+    result = lora("train", recipe(), "--nproc-per-node", count)
+    assert result.code == 2
+    assert f"--nproc-per-node must be 1 or more, not {count}" in result.err
+
+
+def test_under_torchrun_the_flag_is_refused(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UsageError, match="started by torchrun already"):
+        check_launch(2)
+
+
+def test_more_processes_than_gpus_are_refused_where_gpus_are_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(2, use_cpu=False)
+    check_devices(3, use_cpu=True)
+    with pytest.raises(UsageError, match="needs 3 CUDA devices, and there are 2"):
+        check_devices(3, use_cpu=False)
+
+
+def test_processes_share_the_cores_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("lora_cli.launch._cores", lambda: range(8))
+    assert environment(1, 3, 5)["OMP_NUM_THREADS"] == "2"
+    assert environment(1, 16, 5)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert environment(1, 3, 5)["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_recipe_mistake_is_told_before_anything_is_started(lora, recipe):
+    result = lora("train", recipe(**{"training.num_epoch": 3}), "--nproc-per-node", 2)
+    assert result.code == 2
+    assert result.err.count("error:") == 1
+    assert "did you mean num_train_epochs?" in result.err
+
+
+def test_the_exit_code_and_the_one_message_come_from_the_processes(recipe, tmp_path):
+    """And nothing of the machinery's own. Both processes find the base damaged."""
+    path = recipe(**{"model.path": str(tmp_path / "model"), "model.tokenizer": None})
+    (tmp_path / "model").mkdir()
+    process = start(tmp_path, "train", path, "--nproc-per-node", 2, "--debug", variables=HERE_ONLY)
+    assert finish(process) == 2
+    told = [line for line in printed(tmp_path).splitlines() if not line.startswith((" ", "Traceback"))]
+    assert sum("error:" in line for line in told) == 1
+    assert printed(tmp_path).count("Traceback") == 1, "of the process that tells it"
+    assert "elastic" not in printed(tmp_path)
+
+
+def test_a_signal_to_the_launcher_stops_the_run_with_its_state_saved(recipe, tmp_path):
+    path = recipe(**{"training.max_steps": 4000, "training.save_steps": 4000, "training.logging_steps": 20})
+    command = ("train", path, "--nproc-per-node", 2)
+    process = start(tmp_path, *command, variables=HERE_ONLY)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130
+    assert "stopped by SIGINT after step" in printed(tmp_path)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    step = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text())["step"]
+    assert 0 < step < 4000
