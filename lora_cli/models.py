@@ -127,11 +127,17 @@ def model_class(config: PreTrainedConfig, task: str) -> Any:
 
 
 def empty_model(
-    config: PreTrainedConfig, task: str, *, attn_implementation: str = "auto", remote_code: bool = False
+    config: PreTrainedConfig,
+    task: str,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "auto",
+    remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: no weights are read or allocated."""
     auto = model_class(config, task)
-    model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code))
+    options = {} if dtype is None else {"dtype": dtype}
+    model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code, **options))
     _check_attention(model, attn_implementation)
     return model
 
@@ -193,6 +199,15 @@ def load_model(
         raise StorageError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
     check_finite(model, folder)
     return model, sorted(info["missing_keys"])
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 def random_model(

@@ -25,7 +25,7 @@ from lora_cli.errors import UsageError
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
 from lora_cli.hub import model_folder, weight_files
-from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
+from lora_cli.models import checkpoint_activations, fingerprint, head_modules, load_model, quiet, random_model
 from lora_cli.recipe import LoadedRecipe
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact, new_folder
@@ -166,15 +166,6 @@ def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
             "they would be random",
             f"is this the right model? To train them from scratch, {cure}",
         )
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; non-reentrant, so frozen inputs still give gradients."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.18 renamed it
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -139,12 +139,12 @@ class Calls:
     """Notes the modules' calls during one forward pass: what each was given and what it gave."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
+        self.notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
         clean = [module for module in model.modules() if not has_hooks(module)]
         self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._notes[module] = (args, kwargs, output)
+        self.notes[module] = (args, kwargs, output)
 
     def end(self) -> None:
         for handle in self._handles:
@@ -153,7 +153,7 @@ class Calls:
     def proven_forms(self, sights: dict[Any, Any]) -> dict[nn.Module, Forward]:
         """The first form of each module that gives what the module gave."""
         proven = {}
-        for module, (args, kwargs, output) in self._notes.items():
+        for module, (args, kwargs, output) in self.notes.items():
             form = next((form for form in forms_of(module, sights) if _agrees(form, args, kwargs, output)), None)
             if form is not None:
                 proven[module] = form

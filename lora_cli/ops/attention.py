@@ -70,9 +70,10 @@ def attend_rows(
     query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight, dropout: float = 0.0
 ) -> Tensor:
     """(N, H, D): each token attends within its own row."""
-    if dropout == 0.0 and query_NHD.device.type == "cpu":
+    device = rows.stands_for or query_NHD.device.type
+    if dropout == 0.0 and device == "cpu":
         return _BlockedAttention.apply(query_NHD, key_NKD, value_NKD, rows, sight)
-    if dropout == 0.0 and sight.softcap is None and query_NHD.is_cuda and query_NHD.dtype.itemsize == 2:
+    if dropout == 0.0 and sight.softcap is None and device == "cuda" and query_NHD.dtype.itemsize == 2:
         return _flash(query_NHD, key_NKD, value_NKD, rows, sight)
     return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, dropout)
 
@@ -81,7 +82,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
         out_NHD = query_NHD.new_empty(*query_NHD.shape[:2], value_NKD.shape[2])
-        for row in rows.slices():
+        for row in rows.in_turn():
             out_NHD[row] = _row_forward(query_NHD[row], key_NKD[row], value_NKD[row], sight)
         ctx.rows, ctx.sight = rows, sight
         ctx.save_for_backward(query_NHD, key_NKD, value_NKD)
@@ -92,7 +93,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient_NHD: Tensor) -> tuple[Any, ...]:
         query_NHD, key_NKD, value_NKD = ctx.saved_tensors
         dq_NHD, dk_NKD, dv_NKD = (torch.empty_like(t) for t in (query_NHD, key_NKD, value_NKD))
-        for row in ctx.rows.slices():
+        for row in ctx.rows.in_turn():
             parts = (t[row] for t in (query_NHD, key_NKD, value_NKD, gradient_NHD))
             dq_NHD[row], dk_NKD[row], dv_NKD[row] = _row_backward(*parts, ctx.sight)
         return dq_NHD, dk_NKD, dv_NKD, None, None
@@ -193,7 +194,7 @@ def _row_backward(
     q_KQD, do_KQD = row.heads_first(q_THD * sight.scaling, row.group), row.heads_first(do_THD, row.group)
     k_KTD, v_KTD = row.heads_first(k_TKD), row.heads_first(v_TKD)
     dq_KQD = torch.empty_like(q_KQD)
-    dk_KTD, dv_KTD = (torch.zeros(t.shape, dtype=wide_type(t.dtype)) for t in (k_KTD, v_KTD))
+    dk_KTD, dv_KTD = (t.new_zeros(t.shape, dtype=wide_type(t.dtype)) for t in (k_KTD, v_KTD))
     for queries, grouped, keys in row.blocks(q_THD.shape[1], q_THD.dtype):
         q, do, k, v = q_KQD[:, grouped], do_KQD[:, grouped], k_KTD[:, keys], v_KTD[:, keys]
         scores_KQT, tanh_KQT = row.scores(q, k, queries, keys)

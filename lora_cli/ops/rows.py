@@ -19,6 +19,7 @@ class Rows:
 
     lengths: tuple[int, ...]
     bounds: Tensor  # (B + 1,) int32: bounds[i] is where row i begins
+    stands_for: str | None = None  # the kind of device whose way is only rehearsed
 
     def __post_init__(self) -> None:
         assert self.lengths and min(self.lengths) > 0
@@ -42,6 +43,10 @@ class Rows:
     def slices(self) -> Iterator[slice]:
         """The tokens of each row."""
         return (slice(start, end) for start, end in pairwise([0, *accumulate(self.lengths)]))
+
+    def in_turn(self) -> Iterator[slice]:
+        """The tokens of each row, for work that ends with the row."""
+        return self.slices()
 
     def positions(self) -> Tensor:
         """(N,) int64: each token's place in its own row."""
