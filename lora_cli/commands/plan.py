@@ -22,15 +22,16 @@ from lora_cli.data.dataset import Dataset, Reading, build_dataset, label_counts,
 from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
-from lora_cli.device import choose_device, choose_dtype
+from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
-from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
+from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
 from lora_cli.recipe.rules import was_changed
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
 
+AUTO_ROWS = 4  # what a micro-batch is by default
 POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "positions_embed")
 
 
@@ -104,6 +105,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False) -> Plan:
         _check_ids(dataset, model.skeleton, loaded)
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
+        _check_auto(recipe, device)
         steps, total, warmup = _schedule(recipe, len(dataset.train))
         plan = Plan(
             loaded,
@@ -205,19 +207,24 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 def _schedule(recipe: Recipe, num_rows: int) -> tuple[StepPlan, int, int]:
     training = recipe.training
-    steps = StepPlan(
-        num_rows,
-        training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
-        training.seed,
-        recipe.dataset.shuffle,
-    )
+    micro, accumulation = split_of_step(training)
+    steps = StepPlan(num_rows, micro, accumulation, training.seed, recipe.dataset.shuffle)
     total = training.max_steps or max(1, steps_in(float(training.num_train_epochs), steps.steps_per_epoch))
     warmup = steps_in(training.warmup_steps, total)
     if training.warmup_steps >= 1 and warmup >= total:
         message = f"{warmup} steps of warm-up do not fit into a run of {total} steps"
         raise RecipeError([Mistake(("training", "warmup_steps"), message)])
     return steps, total, min(warmup, total - 1)
+
+
+def split_of_step(training: TrainingSection) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step) as the recipe has them.
+
+    With ``auto`` the step is what it would be by default, and how it is cut is decided later: here, not at all.
+    """
+    if isinstance(training.per_device_train_batch_size, int):
+        return training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return AUTO_ROWS * training.gradient_accumulation_steps, 1
 
 
 def disk_bytes(counted: Counted, recipe: Recipe) -> int:
@@ -227,6 +234,13 @@ def disk_bytes(counted: Counted, recipe: Recipe) -> int:
     final = weights if recipe.method == "lora" else 4 * counted.total
     base = 4 * counted.total if recipe.model.config is not None else 0
     return 3 * weights * checkpoints + final + base
+
+
+def _check_auto(recipe: Recipe, device: torch.device) -> None:
+    """``auto`` needs a device that says how much memory it has left."""
+    if recipe.training.per_device_train_batch_size == "auto" and available_bytes(device) is None:
+        message = f"auto cannot be used on {device.type}, which does not say how much memory is free"
+        raise RecipeError([Mistake(("training", "per_device_train_batch_size"), message, "write a number of rows")])
 
 
 def _check_disk(plan: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.autosize import Choice, is_auto, planned, prove
 from lora_cli.commands.identity import check_same_run, identity
+from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.summary import Summary, summarise
@@ -44,6 +46,8 @@ class TrainObserver(Observer, Protocol):
     """A run's observer that is also told of its beginning."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def micro_batch(self, choice: Choice) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
             return Outcome(plan, output, summary, metrics.read(), already_finished=True)
         keep_freed_memory()
         # 3. the model, and the weights of the checkpoint
+        cuts = planned(MemoryPlanner(plan, remote_code=remote_code), state.micro_batch_size) if is_auto(plan) else []
         with memory_errors(LOADING_CURE):
             model = build_model(plan, base, remote_code=remote_code)
             network = build_network(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
@@ -92,6 +97,11 @@ def train(loaded: LoadedRecipe, observer: TrainObserver, *, fresh: bool = False,
         torch.manual_seed(stream_seed(plan.recipe.training.seed, "dropout"))
         if found:
             restore(found[0], model, optimizer)
+        if cuts:
+            choice = prove(plan, network, optimizer, cuts)
+            plan = replace(plan, steps=choice.steps)
+            state.micro_batch_size = choice.steps.micro_batch_size
+            observer.micro_batch(choice)
         # 4. train
         config = adapter_config(
             plan, model, base=str(base) if plan.model.folder is None else plan.recipe.model.path or ""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_cli.recipe.types import (
+    BatchSize,
     Cadence,
     CountOrFraction,
     Initialisation,
@@ -135,10 +136,12 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled (AdamW); on matrices only")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in an optimizer step")
-    per_device_train_batch_size: PositiveInt = Field(4, description="rows in a micro-batch")
-    per_device_eval_batch_size: PositiveInt = Field(
+    per_device_train_batch_size: BatchSize = Field(
+        4, description="rows in a micro-batch; auto: the most that fit into memory, of 4 x gradient_accumulation_steps"
+    )
+    per_device_eval_batch_size: BatchSize = Field(
         default_factory=lambda data: data.get("per_device_train_batch_size", 4),
-        description="rows in an evaluation batch (default: as in training)",
+        description="rows in an evaluation batch; auto: as in training (default: as in training)",
     )
     num_train_epochs: PositiveFloat = Field(3.0, description="passes over the training rows")
     max_steps: PositiveInt | None = Field(None, description="optimizer steps; wins over num_train_epochs")

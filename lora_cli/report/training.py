@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_cli.commands.autosize import Choice
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.train import Outcome
@@ -25,6 +26,8 @@ class Silence:
     """Watches and says nothing: what ``--json`` wants."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def micro_batch(self, choice: Choice) -> None: ...
 
     def step(self, step: Step, state: State) -> None: ...
 
@@ -59,6 +62,10 @@ class TrainingScreen(Silence):
             self.steps = self.bar.add_task("training", total=self.total, completed=state.step, figures="")
             self.rows = self.bar.add_task("evaluating", total=None, visible=False, figures="")
             self.bar.start()
+
+    def micro_batch(self, choice: Choice) -> None:
+        rows = plural(choice.steps.micro_batch_size, "row")
+        self.console.print(f"micro-batch  {rows} (auto: {size(choice.peak)} of {size(choice.limit)})")
 
     def step(self, step: Step, state: State) -> None:
         if self.bar is not None:
