@@ -6,6 +6,7 @@ the time is counted from the parameters; what the process holds is asked of the 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,8 +84,13 @@ class MemoryPlanner:
         self.plan, recipe = plan, plan.recipe
         self.process = process_bytes() if plan.device.type != "cuda" else 0
         attention = recipe.model.attn_implementation
+        config = copy.deepcopy(plan.model.config)  # notes how attention is done
         self.model = empty_model(
-            plan.model.config, recipe.task, dtype=plan.dtype, attn_implementation=attention, remote_code=remote_code
+            copy.deepcopy(plan.model.config),
+            recipe.task,
+            dtype=plan.dtype,
+            attn_implementation=attention,
+            remote_code=remote_code,
         )
         prepare(self.model, recipe)
         self.model.train()
