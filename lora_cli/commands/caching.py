@@ -17,6 +17,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.skipping import KEY, skippable, skipping
 from lora_cli.fusion.states import DiskStates, MemoryStates, States
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 
 
@@ -85,4 +86,5 @@ def cached(network: Network, recipe: Recipe, examples: list[Example], pad_id: in
     if where == "none":
         return network
     states: States = MemoryStates() if where == "memory" else DiskStates(folder)
-    return skipping(network, states, examples, recipe.training.per_device_train_batch_size, pad_id)
+    size = recipe.training.per_device_train_batch_size
+    return skipping(network, states, examples, size if isinstance(size, int) else AUTO_ROWS, pad_id)
