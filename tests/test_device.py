@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from lora_cli.device import choose_device, choose_dtype, computes_bfloat16, memory_errors, peak_memory_bytes
+from lora_cli import device
+from lora_cli.device import (
+    available_bytes,
+    choose_device,
+    choose_dtype,
+    computes_bfloat16,
+    memory_errors,
+    peak_memory_bytes,
+    process_bytes,
+)
 from lora_cli.errors import OutOfMemoryError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")
@@ -105,3 +114,28 @@ def test_peak_memory_of_the_cpu_is_that_of_the_process_in_bytes():
     peak = peak_memory_bytes(CPU)
     assert peak == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     assert 50e6 < peak < 1e12  # torch alone takes more than 50 MB
+
+
+def test_the_process_is_as_large_as_what_it_holds():
+    before = process_bytes()
+    held = torch.ones(25_000_000)
+    assert process_bytes() - before == pytest.approx(held.nbytes, rel=0.2)
+
+
+def test_free_memory_is_the_machines_or_what_the_container_leaves(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "CGROUPS", ())
+    machine = available_bytes(cpu)
+    assert machine is not None
+    assert machine > 10**7
+    limit, used = tmp_path / "max", tmp_path / "current"
+    limit.write_text("5000000\n", encoding="ascii")
+    used.write_text("1000000\n", encoding="ascii")
+    monkeypatch.setattr(device, "CGROUPS", ((limit, used), (tmp_path / "none", used)))
+    assert available_bytes(cpu) == 4_000_000
+    limit.write_text("max\n", encoding="ascii")
+    assert available_bytes(cpu) > 10**7
+
+
+def test_mps_does_not_tell_its_memory():
+    assert available_bytes(torch.device("mps")) is None

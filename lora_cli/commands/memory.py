@@ -86,7 +86,7 @@ class MemoryPlanner:
         attention = recipe.model.attn_implementation
         config = copy.deepcopy(plan.model.config)  # notes how attention is done
         self.model = empty_model(
-            copy.deepcopy(plan.model.config),
+            config,
             recipe.task,
             dtype=plan.dtype,
             attn_implementation=attention,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
-from lora_cli.commands.train import checkpoint_activations
+from lora_cli.models import checkpoint_activations
 from lora_cli.data.batches import StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import NonFiniteError, OutOfMemoryError
