@@ -63,11 +63,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def free_memory_bytes() -> int:
-    """Memory of the host that can still be had, within the container's limit if there is one."""
-    return available_bytes(torch.device("cpu")) or 0
-
-
 def process_bytes() -> int:
     """Memory that this process holds now; where the system does not tell, the most it has held."""
     try:

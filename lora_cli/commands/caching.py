@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli.data.encoding import Example
-from lora_cli.device import free_memory_bytes
+from lora_cli.device import available_bytes
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import layer_list
@@ -59,7 +59,7 @@ def plan_cache(
     if where == "memory":
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if device.type == "cpu" else 0
         weights *= copies
-        free, beside = free_memory_bytes() - weights, " beside the model" if weights else ""
+        free, beside = (available_bytes(torch.device("cpu")) or 0) - weights, " beside the model" if weights else ""
     else:
         free, beside = free_bytes(recipe.output_path), f" in {recipe.output_path}"
     if size > free:

@@ -23,7 +23,7 @@ from lora_cli.data.encoding import Example
 from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.forms import Calls, adopt, forms_of
 from lora_cli.fusion.network import Network, takes_positions
-from lora_cli.fusion.proof import layout_of, probe_examples, why_not_end_to_end
+from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, probe_examples, why_not_end_to_end
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import Group, Rows
 
@@ -101,8 +101,11 @@ class _NoValues(TorchDispatchMode):
 def outline_batch(examples: list[Example], layout: Layout, stands_for: torch.device) -> Batch:
     """These rows as a batch of shapes. What the host looks at (places, whose target) stays on the host."""
     batch = collate(examples, 0, layout)
+    known = batch.rows
+    tables = (tensor.to(META) for tensor in (known.bounds, known.key_bounds, known.key_places))
+    bounds, key_bounds, key_places = tables
     rows = OutlinedRows(
-        batch.rows.lengths, batch.rows.bounds.to(META), filled=batch.rows.filled, stands_for=stands_for.type
+        known.lengths, bounds, known.prefix, known.filled, key_bounds, key_places, stands_for=stands_for.type
     )
     return replace(
         batch,
@@ -131,7 +134,8 @@ def outline_network(
 
 def _end_to_end(network: Network, task: str, device: torch.device) -> Network | None:
     """The network without padding; None where the model's attention does not come to ask about rows."""
-    line = replace(network, layout=layout_of(network.model, device))
+    share = LEAST_SHARED if task == "causal_lm" and not has_dropout(network.model) else 0
+    line = replace(network, layout=replace(layout_of(network.model, device), share=share))
     before = network.model.config._attn_implementation
     try:
         network.model.set_attn_implementation(ROWS)

@@ -17,7 +17,8 @@ from lora_cli.data.encoding import Example
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.proof import build_network
-from lora_cli.models import checkpoint_activations, empty_model
+from lora_cli.fusion.recompute import checkpoint_activations
+from lora_cli.models import empty_model
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import TASKS
 from lora_cli.training.rehearsal import LiveBytes, StepBytes, rehearse_evaluation, rehearse_step
