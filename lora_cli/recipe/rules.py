@@ -178,14 +178,7 @@ def _auto_tries_alone(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 
 def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    training = recipe.training
-    if training.strategy == "fsdp" and training.cache_frozen_layers != "none":
-        yield Mistake(
-            ("training", "cache_frozen_layers"),
-            "cannot be combined with strategy: fsdp, whose layers have to run in every process alike",
-            "use ddp, or none",
-        )
-    if training.strategy == "fsdp" and recipe.method != "lora":
+    if recipe.training.strategy == "fsdp" and recipe.method != "lora":
         yield Mistake(
             ("training", "strategy"),
             f"fsdp shards a base that stays frozen, and method: {recipe.method} writes a whole model",

@@ -77,6 +77,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "training.learning_rate": ("1e-4", 1e-4, "0", POSITIVE),
     "training.weight_decay": ("0", 0.0, "-0.1", "must be 0 or more"),
     "training.gradient_accumulation_steps": ("2", 2, "0", ONE_OR_MORE),
+    "training.global_batch_size": ("64", 64, "0", ONE_OR_MORE),
     "training.per_device_train_batch_size": (
         "auto",
         "auto",
@@ -100,6 +101,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     ),
     "training.cache_frozen_layers": ("disk", "disk", "ram", "must be none, memory or disk, not the text 'ram'"),
     "training.torch_compile": ("true", True, "x", YES_NO),
+    "training.strategy": ("fsdp", "fsdp", "zero", "must be ddp or fsdp, not the text 'zero'"),
     "training.use_cpu": ("true", True, "1", "must be true or false, not 1"),
     "training.seed": ("9223372036854775807", 2**63 - 1, "9223372036854775808", f"must be less than {2**63}"),
     "training.logging_steps": ("1", 1, "0", ONE_OR_MORE),
@@ -161,6 +163,7 @@ DEFAULTS: dict[str, Any] = {
     "training.learning_rate": 2e-4,
     "training.weight_decay": 0.01,
     "training.gradient_accumulation_steps": 1,
+    "training.global_batch_size": None,
     "training.per_device_train_batch_size": 4,
     "training.per_device_eval_batch_size": 4,  # = train
     "training.num_train_epochs": 3.0,
@@ -174,6 +177,7 @@ DEFAULTS: dict[str, Any] = {
     "training.gradient_checkpointing": False,
     "training.cache_frozen_layers": "none",
     "training.torch_compile": False,
+    "training.strategy": "ddp",
     "training.use_cpu": False,
     "training.seed": 42,
     "training.logging_steps": 10,
