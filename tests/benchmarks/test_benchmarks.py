@@ -172,6 +172,7 @@ DOCUMENT = {
         "cores": 2,
         "device": "cpu",
         "cuda": False,
+        "load_before": 0.1,
         "versions": {"torch": "2.13.0", "trl": "not installed"},
     },
     "rounds": 3,
@@ -238,6 +239,11 @@ Some CPU, 2 cores; torch 2.13.0; medians of 3 rounds, least and most in brackets
 
 def test_the_tables_of_a_small_document():
     assert markdown([DOCUMENT]) == EXPECTED
+
+
+def test_a_machine_that_was_not_quiet_is_told():
+    busy = DOCUMENT | {"machine": DOCUMENT["machine"] | {"load_before": 3.2}}
+    assert "Others were at work (load 3.2): doubtful." in markdown([busy])
 
 
 def test_utilisation_is_shown_on_a_card_only_and_not_guessed_for_an_unknown_one():
