@@ -25,7 +25,7 @@ from lora_cli.ops.cross_entropy import CHUNK_LOGITS
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
 from lora_cli.training.optimizer import ALIGNMENT
-from lora_cli.training.rehearsal import StepBytes, rehearse_evaluation, rehearse_step
+from lora_cli.training.rehearsal import StepBytes, guess_step, rehearse_evaluation, rehearse_step
 
 # Measured, not derived, on the CPU (glibc): what the libraries take when their first products run, and what stands
 # free between tensors of different sizes, as a share of what is alive. Recomputing layers in the backward
@@ -33,6 +33,9 @@ from lora_cli.training.rehearsal import StepBytes, rehearse_evaluation, rehearse
 WAKING_BYTES = 80 * 10**6
 HEAP_SHARE, HEAP_SHARE_CHECKPOINTING = 0.2, 1.0
 MARGIN = 0.1  # of the limit, left free: other programs and an inexact plan
+
+BY_LOOKS = "how the model is run is judged by the looks of its modules"
+BY_SIZES = "this model cannot be rehearsed without values: activations are guessed from the sizes of its layers"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class MemoryPlan:
     rows: int  # of the largest micro-batch
     tokens: int  # of it, padding included
     limit: int | None  # what this process may take in all
-    estimated: str  # what was judged by looks
+    estimated: str  # what is no count
 
     @property
     def training(self) -> int:
@@ -94,10 +97,20 @@ class MemoryPlanner:
         )
         prepare(self.model, recipe)
         self.model.train()
+<<<<<<< HEAD
         how = recipe.training.gradient_checkpointing
         if how:
             checkpoint_activations(self.model, True if how == "offload" else how)  # on paper there is no host
         self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)
+=======
+        if recipe.training.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self.rehearsed = True
+        try:
+            self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)
+        except Exception:  # as in _step
+            self.rehearsed, self.network = False, Network(self.model)
+>>>>>>> memory
         self.limit = available_bytes(plan.device)
         if self.limit is not None and plan.device.type != "cuda":
             self.limit += self.process
@@ -130,23 +143,32 @@ class MemoryPlanner:
             rows=len(batch),
             tokens=tokens_of(batch, self.network.layout),
             limit=self.limit,
-            estimated="forms and layout judged by the looks of the model's modules",
+            estimated=BY_LOOKS if self.rehearsed else BY_SIZES,
         )
 
     def _step(self, batch: list[Example]) -> StepBytes:
-        outline = outline_batch(batch, self.network.layout, self.plan.device)
-        return rehearse_step(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+        if self.rehearsed:
+            outline = outline_batch(batch, self.network.layout, self.plan.device)
+            try:
+                return rehearse_step(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+            except Exception:  # whatever a model raises that asks for values: from now on it is guessed
+                self.rehearsed = False
+        return self._guess(batch, self.plan.recipe.training.gradient_checkpointing)
+
+    def _guess(self, rows: list[Example], checkpointing: bool) -> StepBytes:
+        tokens = tokens_of(rows, self.network.layout)
+        return guess_step(self.model, tokens, self.plan.dtype.itemsize, checkpointing)
 
     def _evaluation(self, steps: StepPlan) -> int:
         if not self.plan.dataset.eval:
             return 0
-        asked, train, layout = (
-            self.plan.recipe.training.per_device_eval_batch_size,
-            self.plan.dataset.train,
-            self.network.layout,
-        )
-        size, tokens = evaluation_size(asked, steps, train, self.plan.total_steps, layout)
-        rows = largest_evaluation_batch(self.plan.dataset.eval, size, layout, tokens)
+        plan, layout = self.plan, self.network.layout
+        asked = plan.recipe.training.per_device_eval_batch_size
+        size, tokens = evaluation_size(asked, steps, plan.dataset.train, plan.total_steps, layout)
+        rows = largest_evaluation_batch(plan.dataset.eval, size, layout, tokens)
+        if not self.rehearsed:  # what one layer keeps is about what is alive at one time
+            guessed = self._guess(rows, checkpointing=False)
+            return guessed.peak - guessed.kept
         outline = outline_batch(rows, self.network.layout, self.plan.device)
         return rehearse_evaluation(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
 

@@ -161,6 +161,7 @@ def _show_memory(console: Console, check: Check) -> None:
     there = "" if memory.limit is None else f"of {size(memory.limit)}; "
     made.add_row("peak", size(memory.total), f"{there}{_other_phases(check)}")
     console.print(made)
+    console.print(f"estimated: {memory.estimated}", style="dim", soft_wrap=True)
     if check.memory_note:
         console.print(f"note: {check.memory_note}", style="bold", soft_wrap=True)
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_cli.adapters.layer import LINEAR_TYPES, features
 from lora_cli.data.batches import Batch
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import on_paper
@@ -75,6 +78,27 @@ def rehearse_step(network: Network, task: type[Task], batch: Batch, device: torc
         accumulate_gradients(network, _Paused(task, lambda: seen.append((memory.live, memory.peak))), [batch], _META)  # type: ignore[arg-type]
     (kept, forward), *_ = seen
     return StepBytes(kept, forward, memory.peak)
+
+
+def guess_step(model: PreTrainedModel, tokens: int, itemsize: int, checkpointing: bool) -> StepBytes:
+    """For models whose code asks for values, and so cannot be rehearsed: what layers of their sizes keep.
+
+    Every linear layer is taken to keep its input and its output, every norm its input in float32 too; of experts,
+    those that a token is sent to. Checkpointing keeps a layer's input, and one layer at a time as a whole.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    sizes = [sum(features(m)) for m in model.modules() if isinstance(m, LINEAR_TYPES)]
+    output = model.get_output_embeddings()
+    sizes += [-sum(features(output))] if isinstance(output, LINEAR_TYPES) else []
+    chosen = int(getattr(model.config, "num_experts_per_tok", None) or 1)
+    sizes += [chosen * (p.shape[1] + p.shape[2]) for p in model.parameters() if p.ndim == 3]
+    norms = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower())
+    kept = tokens * (itemsize * sum(sizes) + (itemsize + 4) * norms)
+    one_layer = kept // max(1, len(layers))
+    if checkpointing and layers:
+        hidden = int(getattr(model.config, "hidden_size", 0) or 0)
+        kept = tokens * itemsize * hidden * len(layers)
+    return StepBytes(kept, kept + one_layer, kept + one_layer)
 
 
 @torch.no_grad()

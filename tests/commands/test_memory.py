@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from lora_cli.commands.memory import MemoryPlan, MemoryPlanner, memory_note
+from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
 from lora_cli.recipe import load_recipe
 from tests.conftest import labelled_rows, write_jsonl
@@ -138,3 +139,18 @@ def test_check_shows_the_table_and_json_holds_bytes(recipe, lora):
     assert found["weights"] == 4 * FROZEN + BUFFERS
     assert found["total"] >= found["process"] + found["weights"]
     assert found["fits"] is True
+
+
+def test_a_model_that_asks_for_values_is_guessed_and_says_so(recipe, lora):
+    """Experts are chosen by value. The guess is of the size of what can be counted."""
+    experts = {"model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48}
+    experts |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    path = recipe()
+    tokenizer = load_recipe(path).recipe.model.path
+    model = f"model={json.dumps({'config': experts, 'tokenizer': tokenizer, 'dtype': 'float32'})}"
+    found = lora("check", path, model, "--json").json["memory"]
+    assert found["estimated"] == BY_SIZES
+    assert found["activations"] > memory(path).activations / 2
+    counted = planner(path)
+    rows = counted.plan.steps.largest_micro_batch(counted.plan.dataset.train, 4, counted.network.layout)
+    assert 1 <= counted._guess(rows, False).kept / counted.memory().activations < 2, "as if nothing were fused"
