@@ -97,20 +97,14 @@ class MemoryPlanner:
         )
         prepare(self.model, recipe)
         self.model.train()
-<<<<<<< HEAD
         how = recipe.training.gradient_checkpointing
         if how:
             checkpoint_activations(self.model, True if how == "offload" else how)  # on paper there is no host
-        self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)
-=======
-        if recipe.training.gradient_checkpointing:
-            checkpoint_activations(self.model)
         self.rehearsed = True
         try:
             self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)
         except Exception:  # as in _step
             self.rehearsed, self.network = False, Network(self.model)
->>>>>>> memory
         self.limit = available_bytes(plan.device)
         if self.limit is not None and plan.device.type != "cuda":
             self.limit += self.process
@@ -153,7 +147,7 @@ class MemoryPlanner:
                 return rehearse_step(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
             except Exception:  # whatever a model raises that asks for values: from now on it is guessed
                 self.rehearsed = False
-        return self._guess(batch, self.plan.recipe.training.gradient_checkpointing)
+        return self._guess(batch, bool(self.plan.recipe.training.gradient_checkpointing))
 
     def _guess(self, rows: list[Example], checkpointing: bool) -> StepBytes:
         tokens = tokens_of(rows, self.network.layout)

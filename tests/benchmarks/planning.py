@@ -60,7 +60,7 @@ SHAPES = {
         "sequence_classification",
     ),
 }
-QUICKSTART = "quickstart"
+QUICKSTART = "quickstart"  # its first hundred steps
 
 
 def write_shape(shape: Shape, folder: Path) -> list[str]:
@@ -121,7 +121,12 @@ def run(*command: str) -> tuple[str, int]:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     if name == QUICKSTART:
-        arguments = ["recipes/quickstart.yaml", f"output_dir={folder / 'run'}", "training.use_cpu=true"]
+        arguments = [
+            "recipes/quickstart.yaml",
+            f"output_dir={folder / 'run'}",
+            "training.use_cpu=true",
+            "training.max_steps=100",
+        ]
     else:
         arguments = json.loads(run("-m", "tests.benchmarks.planning", "--write", name, str(folder))[0])
     plan = json.loads(run("-m", "lora_cli", "check", *arguments, "--json")[0])["memory"]
@@ -139,7 +144,7 @@ def main() -> None:
         print(json.dumps(write_shape(SHAPES[options.write[0]], Path(options.write[1]))))  # noqa: T201
         return
     results = {}
-    print(f"{'shape':<30}{'plan MB':>9}{'peak MB':>9}{'plan / peak':>12}")  # noqa: T201
+    print(f"{'shape':<30}{'plan MB':>9}{'peak MB':>9}{'plan / peak':>12}", flush=True)  # noqa: T201
     for name in options.shapes:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(name, Path(folder))
