@@ -94,14 +94,14 @@ def recompute_from_host(function: partial[Any], *args: Any) -> Any:
     """
     leaves, spec = tree_flatten((args, function.keywords))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    layer = function.args[0]
+    forward, (layer, *_) = function.func, function.args
     learns = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in layer.parameters())
     if not (learns and torch.is_grad_enabled()):
         return function(*args)
 
-    def run(values: list[Any]) -> Any:
+    def run(values: list[Any]) -> Any:  # holds on to no tensor
         positional, keywords = tree_unflatten(values, spec)
-        return function.func(*function.args, *positional, **keywords)
+        return forward(layer, *positional, **keywords)
 
     anchor = torch.empty(0, requires_grad=True)  # the first layer's input needs no gradient, yet it is to be called
     hidden = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())

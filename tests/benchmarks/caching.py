@@ -1,105 +1,127 @@
-"""``python -m tests.benchmarks.caching [--rounds N]``: what `cache_frozen_layers` brings, epoch by epoch.
+"""``python -m tests.benchmarks.caching [--rounds N]``: what `cache_frozen_layers` brings, in the first epoch and later.
 
-A 12-layer model of the 135M shape with adapters on its top three layers. Off, memory and disk take turns,
-each in a process of its own; the first epoch fills the cache, the second one lives on it.
+A 12-layer model of the 135M shape in float32, adapters on its top three layers. Every optimizer step is made
+in each way, one right after the other, so that what else the machine does falls on all of them alike; a round
+is an epoch, and ratios are taken within it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import random
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.bases import save_base
-from tests.benchmarks.contenders.job import ROWS_FILE
-from tests.benchmarks.shapes import INSTRUCT_135M, Shape
+from tests.benchmarks.shapes import INSTRUCT_135M
 
-SHAPE = Shape(
-    "Llama of 12 layers", INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}, "float32", 4, 64, 512, 7
-)
+CONFIG = INSTRUCT_135M | {"num_hidden_layers": 12, "vocab_size": 8192}
 TOP = [9, 10, 11]
-EPOCHS = 3
+ROWS, ROWS_PER_STEP, SHORTEST, LONGEST = 16, 4, 64, 512
+OFF, FIRST, MEMORY, DISK = "off", "on, first epoch", "memory, later epochs", "disk, later epochs"
 
 
-def epochs(base: Path, where: str) -> dict[str, Any]:
-    """Tokens a second of each epoch, the last loss, and the peak memory of this process."""
+def examples() -> list[Any]:
+    """Rows of random tokens, their second half supervised."""
     import numpy as np
+
+    from lora_cli.data.encoding import Example
+
+    chance, made = random.Random(0), []
+    for number in range(ROWS):
+        length = chance.randint(SHORTEST, LONGEST)
+        ids = np.array([chance.randrange(10, CONFIG["vocab_size"]) for _ in range(length)], dtype=np.int32)
+        made.append(Example(ids, np.arange(length) >= length // 2, f"row {number}"))
+    return made
+
+
+def adapted() -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from lora_cli.adapters.initialisation import initialise
     from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
-    from lora_cli.commands.caching import cached
-    from lora_cli.data.batches import StepPlan
-    from lora_cli.data.encoding import Example
-    from lora_cli.device import keep_freed_memory, peak_memory_bytes
-    from lora_cli.fusion.proof import build_network
-    from lora_cli.recipe import LoraSection, Recipe, TrainingSection
-    from lora_cli.tasks import CausalLM
-    from lora_cli.training.loop import LoopSettings, train_steps
-    from lora_cli.training.optimizer import FlatAdamW
+    from lora_cli.recipe import LoraSection
 
-    keep_freed_memory()
-    rows = [row["ids"] for row in json.loads((base / ROWS_FILE).read_text(encoding="utf-8"))]
-    examples = [
-        Example(np.array(row, dtype=np.int32), np.arange(len(row)) >= max(1, len(row) // 2), f"row {number}")
-        for number, row in enumerate(rows)
-    ]
-    training = TrainingSection(per_device_train_batch_size=SHAPE.rows_per_step, cache_frozen_layers=where)
-    recipe = Recipe.model_validate(
-        {"model": {"path": "m"}, "dataset": {"path": ["d"]}, "output_dir": "o", "training": training}
-    )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    settings = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(CONFIG["model_type"], **settings))
     attach(model, find_targets(model, LoraSection(r=16, layers_to_transform=TOP), []))
     freeze_base(model, [])
     initialise(adapters_of(model), True, 0)
-    model.train()
-    cpu, speeds, loss = torch.device("cpu"), [], 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        network = cached(build_network(model, "causal_lm"), recipe, examples, 0, Path(folder))
-        plan = StepPlan(len(examples), SHAPE.rows_per_step, 1, seed=0)
-        total = EPOCHS * plan.steps_per_epoch
-        settings = LoopSettings(2e-4, "constant", 0, total, 1.0, pad_id=0)
-        steps = train_steps(
-            network, CausalLM, examples, plan, FlatAdamW(model, training), settings, start=0, device=cpu
-        )
-        for _ in range(EPOCHS):
-            done = [next(steps) for _ in range(plan.steps_per_epoch)]
-            speeds.append(sum(step.num_tokens for step in done) / sum(step.seconds for step in done))
-            loss = done[-1].loss
-    return {"speeds": speeds, "loss": loss, "memory": peak_memory_bytes(cpu)}
+    return model.train()
+
+
+def seconds_of(action: Callable[[], object]) -> tuple[float, float]:
+    """By the clock, and of this process's own work."""
+    clock, work = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - clock, time.process_time() - work
+
+
+def measure(rounds: int, folder: Path) -> tuple[int, dict[str, list[tuple[float, float]]]]:
+    """The tokens of an epoch, and what each round of each way took."""
+    import torch
+
+    from lora_cli.data.batches import StepPlan, collate
+    from lora_cli.fusion.proof import build_network
+    from lora_cli.fusion.skipping import skipping
+    from lora_cli.fusion.states import DiskStates, MemoryStates
+    from lora_cli.recipe import TrainingSection
+    from lora_cli.tasks import CausalLM
+    from lora_cli.training.loop import train_step
+    from lora_cli.training.optimizer import FlatAdamW
+
+    rows, plan, cpu = examples(), StepPlan(ROWS, ROWS_PER_STEP, 1, seed=0), torch.device("cpu")
+    model = adapted()
+    network, optimizer = build_network(model, "causal_lm"), FlatAdamW(model, TrainingSection())
+    kept = {where: skipping(network, states, rows, ROWS_PER_STEP, 0) for where, states in
+            {MEMORY: MemoryStates(), DISK: DiskStates(folder)}.items()}  # fmt: skip
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in (OFF, FIRST, MEMORY, DISK)}
+
+    def epoch(number: int) -> None:
+        ways = {OFF: network, FIRST: skipping(network, MemoryStates(), rows, ROWS_PER_STEP, 0)} | kept
+        took = dict.fromkeys(ways, (0.0, 0.0))
+        for step in range(plan.steps_per_epoch):
+            batches = [
+                collate(part, 0, network.layout)
+                for part in plan.micro_batches(rows, number * plan.steps_per_epoch + step)
+            ]
+            for way, one in ways.items():
+                seconds = seconds_of(lambda one=one, b=batches: train_step(one, CausalLM, b, optimizer, 1.0, cpu))
+                took[way] = (took[way][0] + seconds[0], took[way][1] + seconds[1])
+        for way, seconds in took.items():
+            found[way].append(seconds)
+
+    for number in range(rounds + 1):
+        epoch(number)
+    for seconds in found.values():
+        del seconds[0]  # there the caches were filled, and everything was cold
+    return sum(len(row.input_ids) for row in rows), found
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs=2, metavar=("WHERE", "BASE"), help="one run, its figures as JSON")
-    arguments = parser.parse_args()
-    if arguments.only:
-        sys.stdout.write(json.dumps(epochs(Path(arguments.only[1]), arguments.only[0])) + "\n")
-        return
-    results: dict[str, list[dict[str, Any]]] = {"none": [], "memory": [], "disk": []}
+    rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
-        base = save_base(SHAPE, Path(folder))
-        for _ in range(arguments.rounds):
-            for where, found in results.items():
-                command = [sys.executable, "-m", "tests.benchmarks.caching", "--only", where, os.fspath(base)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                found.append(json.loads(output.splitlines()[-1]))
-    for where, found in results.items():
-        shown = []
-        for epoch in range(EPOCHS):
-            speeds = [result["speeds"][epoch] for result in found]
-            shown.append(f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})")
-        memory = statistics.median(result["memory"] for result in found) / 1e9
-        sys.stdout.write(f"{where:<8}tokens/s by epoch: {', '.join(shown)}; ")
-        sys.stdout.write(f"peak {memory:.2f} GB; last loss {found[0]['loss']:.6f}\n")
+        tokens, found = measure(rounds, Path(folder))
+    for way, took in found.items():
+        speeds = spread([tokens / clock for clock, _ in took], ",.0f")
+        ratios = [off / work for (_, off), (_, work) in zip(found[OFF], took, strict=True)]
+        by_clock = [off / clock for (off, _), (clock, _) in zip(found[OFF], took, strict=True)]
+        line = (
+            f"{way:<22}{speeds} tokens/s; x {spread(by_clock, '.2f')} by the clock, x {spread(ratios, '.2f')} by work"
+        )
+        sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":
