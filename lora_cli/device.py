@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,16 +63,52 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def free_memory_bytes() -> int:
-    """Memory of the host that can still be had, within the container's limit if there is one."""
-    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with suppress(OSError, ValueError, StopIteration):  # not on every system
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(free))
+def process_bytes() -> int:
+    """Memory that this process holds now; where the system does not tell, the most it has held."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return peak_memory_bytes(torch.device("cpu"))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is still to be had; None where nobody tells.
+
+    On the CPU the machine's, or what the control group of a container leaves, whichever is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = [value for value in (_machine_bytes(), *_group_bytes(CGROUPS)) if value is not None]
+    return min(found, default=None)
+
+
+CGROUPS = (  # limit and use, of the second and the first version
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _group_bytes(groups: tuple[tuple[Path, Path], ...]) -> Iterator[int]:
+    """What each control group leaves; ``max`` means that it has no limit."""
+    for limit, used in groups:
+        try:
+            yield max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
 
 
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory")  # torch's CPU allocators, drivers and mps

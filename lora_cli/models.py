@@ -127,11 +127,17 @@ def model_class(config: PreTrainedConfig, task: str) -> Any:
 
 
 def empty_model(
-    config: PreTrainedConfig, task: str, *, attn_implementation: str = "auto", remote_code: bool = False
+    config: PreTrainedConfig,
+    task: str,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "auto",
+    remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: no weights are read or allocated."""
     auto = model_class(config, task)
-    model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code))
+    options = {} if dtype is None else {"dtype": dtype}
+    model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code, **options))
     _check_attention(model, attn_implementation)
     return model
 

@@ -16,7 +16,7 @@ import typer
 import lora_cli
 from lora_cli import errors
 from lora_cli.cli import app
-from lora_cli.errors import LoraError, Mistake, RecipeError, SeveralErrors, Stopped
+from lora_cli.errors import LoraError, Mistake, RecipeError, SeveralErrors, Stopped, ToldElsewhere
 from tests.processes import finish, printed, start
 
 COMMANDS = ["train", "check", "count-params", "merge", "schema"]
@@ -133,6 +133,7 @@ EXAMPLES: dict[str, LoraError] = {
     "RecipeError": RecipeError([Mistake(("lora", "r"), "must be 1 or more")]),
     "SeveralErrors": SeveralErrors([errors.DataError("first"), errors.UsageError("second")]),
     "Stopped": Stopped(signal.SIGTERM, "stopped by SIGTERM after step 3"),
+    "ToldElsewhere": ToldElsewhere(4),
 }
 CODES = {
     "LoraError": 2,
@@ -144,7 +145,9 @@ CODES = {
     "DataError": 6,
     "FolderInUseError": 7,
     "SeveralErrors": 6,
+    "LostProcessError": 1,
     "Stopped": 143,
+    "ToldElsewhere": 4,
 }
 
 
@@ -166,6 +169,9 @@ def test_every_error_becomes_a_message_and_its_exit_code(lora, monkeypatch, kind
     fail_with(monkeypatch, error)
     result = lora("train", "recipe.yaml", *(["--json"] if as_json else []))
     assert result.code == CODES[kind.__name__]
+    if kind is ToldElsewhere:
+        assert (result.out, result.err) == ("", "")
+        return
     assert str(error) in result.err
     assert "Traceback" not in result.err
     if as_json:

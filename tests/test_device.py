@@ -11,12 +11,13 @@ import torch
 
 from lora_cli import device
 from lora_cli.device import (
+    available_bytes,
     choose_device,
     choose_dtype,
     computes_bfloat16,
-    free_memory_bytes,
     memory_errors,
     peak_memory_bytes,
+    process_bytes,
 )
 from lora_cli.errors import OutOfMemoryError
 
@@ -127,21 +128,26 @@ def test_freed_memory_is_kept_where_the_c_library_can_and_left_alone_elsewhere(m
     assert not device.keep_freed_memory()
 
 
-def test_free_memory_is_some_of_the_machine_s():
-    import os
-
-    free = free_memory_bytes()
-    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    held = torch.ones(2**26)  # 256 MB, every page of it written
-    assert free_memory_bytes() < free - 2**27 or held.sum() == 0
+def test_the_process_is_as_large_as_what_it_holds():
+    before = process_bytes()
+    held = torch.ones(25_000_000)
+    assert process_bytes() - before == pytest.approx(held.nbytes, rel=0.2)
 
 
-@pytest.mark.parametrize(("limit", "used", "expected"), [("3000000", "1000000", 2000000), ("10", "20", 0)])
-def test_a_container_s_limit_counts(monkeypatch, limit, used, expected):
-    from pathlib import Path
+def test_free_memory_is_the_machines_or_what_the_container_leaves(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "CGROUPS", ())
+    machine = available_bytes(cpu)
+    assert machine is not None
+    assert machine > 10**7
+    limit, used = tmp_path / "max", tmp_path / "current"
+    limit.write_text("5000000\n", encoding="ascii")
+    used.write_text("1000000\n", encoding="ascii")
+    monkeypatch.setattr(device, "CGROUPS", ((limit, used), (tmp_path / "none", used)))
+    assert available_bytes(cpu) == 4_000_000
+    limit.write_text("max\n", encoding="ascii")
+    assert available_bytes(cpu) > 10**7
 
-    files = {"memory.max": limit, "memory.current": used}
-    monkeypatch.setattr(Path, "read_text", lambda path, **options: files.get(path.name, "MemAvailable: 4000000 kB"))
-    assert free_memory_bytes() == expected
-    files["memory.max"] = "max"
-    assert free_memory_bytes() > 3_000_000
+
+def test_mps_does_not_tell_its_memory():
+    assert available_bytes(torch.device("mps")) is None

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli.data.encoding import Example
-from lora_cli.device import free_memory_bytes
+from lora_cli.device import available_bytes
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import layer_list
@@ -17,6 +17,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.skipping import KEY, skippable, skipping
 from lora_cli.fusion.states import DiskStates, MemoryStates, States
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 
 
@@ -58,7 +59,7 @@ def plan_cache(
     if where == "memory":
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize if device.type == "cpu" else 0
         weights *= copies
-        free, beside = free_memory_bytes() - weights, " beside the model" if weights else ""
+        free, beside = (available_bytes(torch.device("cpu")) or 0) - weights, " beside the model" if weights else ""
     else:
         free, beside = free_bytes(recipe.output_path), f" in {recipe.output_path}"
     if size > free:
@@ -85,4 +86,5 @@ def cached(network: Network, recipe: Recipe, examples: list[Example], pad_id: in
     if where == "none":
         return network
     states: States = MemoryStates() if where == "memory" else DiskStates(folder)
-    return skipping(network, states, examples, recipe.training.per_device_train_batch_size, pad_id)
+    size = recipe.training.per_device_train_batch_size
+    return skipping(network, states, examples, size if isinstance(size, int) else AUTO_ROWS, pad_id)

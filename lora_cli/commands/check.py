@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.commands.autosize import is_auto, planned
+from lora_cli.commands.memory import MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan, make_plan
 from lora_cli.data.dataset import Counts
@@ -43,6 +45,11 @@ class Check:
     targets: Spread
     free_bytes: int
     excerpt: Excerpt
+    memory: MemoryPlan
+
+    @property
+    def memory_note(self) -> str | None:
+        return memory_note(self.memory, self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``lora check --json`` prints."""
@@ -72,7 +79,8 @@ class Check:
             "dtype": str(plan.dtype).removeprefix("torch."),
             "disk_bytes": plan.disk_bytes,
             "free_bytes": self.free_bytes,
-            "notes": plan.notes,
+            "memory": self.memory.to_dict(),
+            "notes": [*plan.notes, *([self.memory_note] if self.memory_note else [])],
         }
 
 
@@ -82,12 +90,15 @@ def check(loaded: LoadedRecipe, *, remote_code: bool = False) -> Check:
     output.check_usable()
     plan = make_plan(loaded, remote_code=remote_code)
     examples = plan.dataset.train
+    planner = MemoryPlanner(plan, remote_code=remote_code)
+    memory = planned(planner)[0][1] if is_auto(plan) else planner.memory()
     return Check(
         plan,
         spread([len(example.input_ids) for example in examples]),
         spread([example.num_targets for example in examples]),
         free_bytes(output.root),
         excerpt(examples[0], plan),
+        memory,
     )
 
 

@@ -23,12 +23,13 @@ from lora_cli.data.dataset import Dataset, Reading, build_dataset, label_counts,
 from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
-from lora_cli.device import choose_device, choose_dtype
+from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
-from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe
+from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
 from lora_cli.recipe.rules import was_changed
+from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
@@ -106,6 +107,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         _check_ids(dataset, model.skeleton, loaded)
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
+        _check_auto(recipe, device)
         dtype = choose_dtype(recipe.model.dtype, device, trains_all=recipe.method == "full")
         cache = plan_cache(recipe, model.skeleton, [*dataset.train, *dataset.eval], dtype, device, world)
         steps, total, warmup = _schedule(recipe, len(dataset.train), world.size)
@@ -216,10 +218,11 @@ def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, 
     if training.global_batch_size is not None and training.global_batch_size < processes:
         message = f"{training.global_batch_size} rows a step leave some of {processes} processes without any"
         raise RecipeError([Mistake(("training", "global_batch_size"), message, "use fewer processes")])
+    micro, accumulation = split_of_step(training, processes)
     steps = StepPlan(
         num_rows,
-        training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
+        micro,
+        accumulation,
         training.seed,
         recipe.dataset.shuffle,
         processes,
@@ -233,6 +236,18 @@ def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, 
     return steps, total, min(warmup, total - 1)
 
 
+def split_of_step(training: TrainingSection, processes: int = 1) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step) as the recipe has them.
+
+    With ``auto`` the step is what it would be by default, and how it is cut is decided later: here, not at all.
+    """
+    if isinstance(training.per_device_train_batch_size, int):
+        return training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if training.global_batch_size is not None:
+        return -(-training.global_batch_size // processes), 1
+    return AUTO_ROWS * training.gradient_accumulation_steps, 1
+
+
 def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None) -> int:
     """What the output folder will hold: checkpoints with two moments each, the final weights, a cache meanwhile."""
     weights = 4 * counted.trainable
@@ -241,6 +256,13 @@ def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None)
     base = 4 * counted.total if recipe.model.config is not None else 0
     states = cache.bytes if cache is not None and cache.where == "disk" else 0
     return 3 * weights * checkpoints + final + base + states
+
+
+def _check_auto(recipe: Recipe, device: torch.device) -> None:
+    """``auto`` needs a device that says how much memory it has left."""
+    if recipe.training.per_device_train_batch_size == "auto" and available_bytes(device) is None:
+        message = f"auto cannot be used on {device.type}, which does not say how much memory is free"
+        raise RecipeError([Mistake(("training", "per_device_train_batch_size"), message, "write a number of rows")])
 
 
 def _check_disk(plan: Plan) -> None:

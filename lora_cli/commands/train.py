@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.commands.autosize import Choice, agreed, is_auto, planned, prove
 from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
+from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.summary import Summary, summarise
@@ -49,6 +51,8 @@ class TrainObserver(Observer, Protocol):
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
 
     def network(self, network: Network) -> None: ...
+
+    def micro_batch(self, choice: Choice) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ def train(
             return finished_outcome(plan, output, standing) if world.is_main else None
         keep_freed_memory()
         # 3. the model, and the weights of the checkpoint
+        sizes = (
+            planned(MemoryPlanner(plan, remote_code=remote_code), standing.state.micro_batch_size)
+            if is_auto(plan)
+            else []
+        )
         with world.together(), memory_errors(LOADING_CURE):
             model = build_model(plan, standing.base, remote_code=remote_code, world=world)
         with memory_errors(LOADING_CURE):
@@ -121,6 +130,13 @@ def train(
         seed_dropout(plan, standing.state, world)
         if world.tell(standing.checkpoint is not None):
             restore(standing.checkpoint or Path(), model, optimizer, world)
+        if sizes:
+            with world.together():
+                choice = prove(plan, network, optimizer, sizes)
+            choice = agreed(choice, world)
+            plan = replace(plan, steps=choice.steps)
+            standing.state.micro_batch_size = choice.steps.micro_batch_size
+            observer.micro_batch(choice)
         # 4. train
         named = standing.source if plan.model.folder is None else plan.recipe.model.path or ""
         config = adapter_config(plan, model, base=named)

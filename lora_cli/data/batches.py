@@ -197,14 +197,61 @@ class StepPlan:
         """How many the main process has in a step: no other one has more."""
         return math.ceil(math.ceil(len(self.rows_of(step)) / world.size) / self.micro_batch_size)
 
+    def largest_micro_batch(self, examples: list[Example], total_steps: int, layout: Layout = PADDED) -> list[Example]:
+        """The rows of the run's micro-batch with the most tokens, padding counted where there is some.
+
+        It is some step's first, of the main process: micro-batches are cut from rows sorted by length.
+        """
+        lengths, best = np.array([len(example.input_ids) for example in examples]), (-1, 0)
+        epochs = math.ceil(total_steps / self.steps_per_epoch) if self.shuffle else 1
+        for epoch in range(epochs):
+            order = _order(self.num_rows, self.seed, epoch) if self.shuffle else range(self.num_rows)
+            rows = np.zeros((self.steps_per_epoch, self.rows_per_step), dtype=np.int64)
+            rows.flat[: self.num_rows] = lengths[np.asarray(order)]
+            ordered = -np.sort(-rows, axis=1)[: total_steps - epoch * self.steps_per_epoch, :: self.num_processes]
+            first = ordered[:, : self.micro_batch_size]
+            tokens = first.sum(1) if layout.end_to_end else first[:, 0] * (first > 0).sum(1)
+            step = int(tokens.argmax())
+            best = max(best, (int(tokens[step]), -(epoch * self.steps_per_epoch + step)))
+        return self.micro_batches(examples, -best[1], World(0, self.num_processes))[0]
+
 
 @lru_cache(maxsize=2)
 def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_rows, generator=stream(seed, "order", epoch)).tolist()
 
 
-def evaluation_batches(examples: list[Example], size: int, pad_id: int, layout: Layout = PADDED) -> Iterator[Batch]:
-    """All rows once, the longest first, so that memory runs out at once or never."""
-    ordered = sorted(examples, key=lambda e: -len(e.input_ids))
-    for start in range(0, len(ordered), size):
-        yield collate(ordered[start : start + size], pad_id, layout)
+def evaluation_batches(
+    examples: list[Example], size: int, pad_id: int, layout: Layout = PADDED, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """All rows once, the longest first, so that memory runs out at once or never.
+
+    A batch is ``size`` rows, or fewer where those would be more than ``max_tokens``; a single row always is one.
+    """
+    return (collate(rows, pad_id, layout) for rows in _evaluation_rows(examples, size, layout, max_tokens))
+
+
+def largest_evaluation_batch(
+    examples: list[Example], size: int, layout: Layout = PADDED, max_tokens: int | None = None
+) -> list[Example]:
+    return max(_evaluation_rows(examples, size, layout, max_tokens), key=lambda rows: tokens_of(rows, layout))
+
+
+def tokens_of(rows: list[Example], layout: Layout) -> int:
+    """What a batch of these rows computes on: their tokens, and padding where there is some."""
+    lengths = [len(row.input_ids) for row in rows]
+    return sum(lengths) if layout.end_to_end else max(lengths) * len(lengths)
+
+
+def _evaluation_rows(
+    examples: list[Example], size: int, layout: Layout, max_tokens: int | None
+) -> Iterator[list[Example]]:
+    rows: list[Example] = []
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
+        too_many = max_tokens is not None and tokens_of([*rows, example], layout) > max_tokens
+        if rows and (len(rows) == size or too_many):
+            yield rows
+            rows = []
+        rows.append(example)
+    if rows:
+        yield rows

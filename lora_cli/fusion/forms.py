@@ -123,12 +123,12 @@ class Calls:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
+        self.notes: dict[nn.Module, tuple[Any, Any, Any]] = {}
         clean = [module for module in model.modules() if not has_hooks(module)]
         self._handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in clean]
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._notes[module] = (args, kwargs, output)
+        self.notes[module] = (args, kwargs, output)
 
     def end(self) -> None:
         for handle in self._handles:
@@ -137,7 +137,7 @@ class Calls:
     def proven_forms(self, sights: dict[Any, Any], compile: bool) -> dict[nn.Module, Forward]:
         """The first form of each module that gives what the module gave."""
         proven = {}
-        for module, (args, kwargs, output) in self._notes.items():
+        for module, (args, kwargs, output) in self.notes.items():
             with gathered(self._model, module):
                 possible = forms_of(module, sights, compile)
                 form = next((form for form in possible if _agrees(form, args, kwargs, output)), None)

@@ -79,7 +79,7 @@ class _Prover:
         self.model, self.task = model, task
         self.device = next(model.parameters()).device
         self.compile = compile or self.device.type == "cuda"
-        self.examples = _probe_examples(model, task)
+        self.examples = probe_examples(model, task)
         self.notes: list[str] = []
 
     def network(self, *, end_to_end: bool, fused: bool) -> Network:
@@ -106,10 +106,10 @@ class _Prover:
 
     def _end_to_end(self, plain: Network, expected: list[Tensor]) -> tuple[Network, dict[Any, Any]]:
         """The network that lays rows end to end, or ``plain`` and a note why not."""
-        reason = self._why_not_end_to_end()
+        reason = why_not_end_to_end(self.model)
         if reason is None:
             for first in _first_positions(self.model):
-                network = replace(plain, layout=_line(self.model), first_position=first)
+                network = replace(plain, layout=layout_of(self.model, self.device), first_position=first)
                 sights = self._try_end_to_end(network, torch.cat(expected))
                 if sights is not None:
                     return self._sharing(network), sights
@@ -117,13 +117,6 @@ class _Prover:
             reason = "this architecture does not keep rows apart that are laid end to end"
         self.notes.append(f"rows are padded: {reason}")
         return plain, {}
-
-    def _why_not_end_to_end(self) -> str | None:
-        if "position_ids" not in _parameters(self.model):
-            return "this architecture takes no position ids"
-        if getattr(self.model.config, "attention_chunk_size", None):
-            return "this architecture attends in chunks"
-        return None
 
     def _try_end_to_end(self, network: Network, expected: Tensor) -> dict[Any, Any] | None:
         """How each attention looks at its rows, where the answer is the rows' own and one row cannot see another."""
@@ -195,10 +188,18 @@ class _Prover:
         return None
 
 
-def _line(model: PreTrainedModel) -> Layout:
+def why_not_end_to_end(model: PreTrainedModel) -> str | None:
+    """What can be told without running it."""
+    if "position_ids" not in _parameters(model):
+        return "this architecture takes no position ids"
+    if getattr(model.config, "attention_chunk_size", None):
+        return "this architecture attends in chunks"
+    return None
+
+
+def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
     """Rows end to end. The CPU's bfloat16 products lose up to a third of their speed at sizes that are not round."""
-    parameter = next(model.parameters())
-    slow_when_odd = parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16
+    slow_when_odd = device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16
     return Layout(end_to_end=True, multiple=48 if slow_when_odd else 1)
 
 
@@ -237,7 +238,7 @@ def _first_positions(model: PreTrainedModel) -> list[int]:
     return [*padded, 0]
 
 
-def _probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
+def probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
     """A few rows of arbitrary tokens, none of them special."""
     vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 1000))
     special = {getattr(model.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

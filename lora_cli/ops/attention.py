@@ -32,9 +32,10 @@ def attend_rows(
     """(N, H, D): each token attends within its own row, and to the prefix that it shares with others."""
     if rows.prefix:
         key_NKD, value_NKD = (tensor.index_select(0, rows.key_places) for tensor in (key_NKD, value_NKD))
-    if dropout == 0.0 and query_NHD.device.type == "cpu":
+    device = rows.stands_for or query_NHD.device.type
+    if dropout == 0.0 and device == "cpu":
         return attend_in_blocks(query_NHD, key_NKD, value_NKD, rows, sight)
-    if dropout == 0.0 and sight.softcap is None and query_NHD.is_cuda and query_NHD.dtype.itemsize == 2:
+    if dropout == 0.0 and sight.softcap is None and device == "cuda" and query_NHD.dtype.itemsize == 2:
         return _flash(query_NHD, key_NKD, value_NKD, rows, sight)
     return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, dropout)
 

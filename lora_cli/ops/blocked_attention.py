@@ -36,7 +36,8 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
         out_NHD = query_NHD.new_empty(*query_NHD.shape[:2], value_MKD.shape[2])
-        for some, keys, group in _groups(rows.lengths, rows.prefix, query_NHD.shape[1], key_MKD.shape[1], sight):
+        groups = _groups(rows.lengths, rows.prefix, query_NHD.shape[1], key_MKD.shape[1], sight)
+        for some, keys, group in rows.in_turn(groups):
             out_NHD[some] = _forward(query_NHD[some], key_MKD[keys], value_MKD[keys], group)
         ctx.rows, ctx.sight = rows, sight
         ctx.save_for_backward(query_NHD, key_MKD, value_MKD)
@@ -48,7 +49,8 @@ class _BlockedAttention(torch.autograd.Function):
         query_NHD, key_MKD, value_MKD = ctx.saved_tensors
         dq_NHD, dk_MKD, dv_MKD = (torch.empty_like(t) for t in (query_NHD, key_MKD, value_MKD))
         heads, kv_heads = query_NHD.shape[1], key_MKD.shape[1]
-        for some, keys, group in _groups(ctx.rows.lengths, ctx.rows.prefix, heads, kv_heads, ctx.sight):
+        groups = _groups(ctx.rows.lengths, ctx.rows.prefix, heads, kv_heads, ctx.sight)
+        for some, keys, group in ctx.rows.in_turn(groups):
             dq_NHD[some], dk_MKD[keys], dv_MKD[keys] = _backward(
                 query_NHD[some], key_MKD[keys], value_MKD[keys], gradient_NHD[some], group
             )
@@ -97,7 +99,7 @@ class _Group:
             out_KTGD[:, : len(x_NHD)] = x_NHD.view(-1, *shape).transpose(0, 1)
             return out_KTGD.flatten(1, 2)
         out_LHD = x_NHD.new_zeros(len(self.lengths) * side.padded, heads, size)
-        out_LHD.index_copy_(0, side.places, x_NHD)
+        out_LHD.index_copy_(0, side.places.to(x_NHD.device), x_NHD)
         return out_LHD.view(-1, side.padded, *shape).transpose(1, 2).reshape(-1, side.padded * shape[1], size)
 
     def tokens_first(self, x_SQD: Tensor, side: _Side) -> Tensor:
@@ -106,7 +108,7 @@ class _Group:
         x_RTKGD = x_SQD.view(len(self.lengths), self.kv_heads, side.padded, group, size).transpose(1, 2)
         if len(self.lengths) == 1:
             return x_RTKGD[0, : len(side.places)].flatten(1, 2)
-        return x_RTKGD.reshape(-1, self.kv_heads * group, size).index_select(0, side.places)
+        return x_RTKGD.reshape(-1, self.kv_heads * group, size).index_select(0, side.places.to(x_SQD.device))
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice, slice]]:
         """Queries in stretches whose scores fit into the cache: (places in the row, matrix rows, keys they see)."""
@@ -212,7 +214,7 @@ def _backward(
     q_SQD, do_SQD = (group.heads_first(t, group.queries) for t in (q_NHD * group.sight.scaling, do_NHD))
     k_STD, v_STD = (group.heads_first(t, group.keys) for t in (k_MKD, v_MKD))
     dq_SQD = torch.empty_like(q_SQD)
-    dk_STD, dv_STD = (torch.zeros(t.shape, dtype=wide_type(t.dtype)) for t in (k_STD, v_STD))
+    dk_STD, dv_STD = (torch.zeros_like(t, dtype=wide_type(t.dtype)) for t in (k_STD, v_STD))
     for queries, grouped, keys in group.blocks(q_NHD.dtype):
         q, do, k, v = q_SQD[:, grouped], do_SQD[:, grouped], k_STD[:, keys], v_STD[:, keys]
         scores_SQT, tanh_SQT = group.scores(q, k, queries, keys)

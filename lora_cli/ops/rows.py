@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Rows:
     filled: bool = False  # the last row is filling, and continues nothing
     key_bounds: Tensor = None  # type: ignore[assignment]  # (B + 1,) int32: as bounds, of the keys that rows see
     key_places: Tensor = None  # type: ignore[assignment]  # (M,) int64: where those keys are among the N tokens
+    stands_for: str | None = None  # the kind of device whose way is only rehearsed
 
     def __post_init__(self) -> None:
         assert self.lengths and min(self.lengths) > 0
@@ -64,6 +68,10 @@ class Rows:
     def key_slices(self) -> Iterator[slice]:
         """The keys that each row sees, among those of ``key_places``."""
         return _slices(self.key_lengths)
+
+    def in_turn(self, groups: list[Group]) -> list[Group]:
+        """Work that leaves nothing behind, for each group of rows."""
+        return groups
 
     def positions(self) -> Tensor:
         """(N,) int64: each token's place in its own row."""

@@ -168,15 +168,17 @@ def _one_batch_size(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
-def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    training = recipe.training
-    if training.strategy == "fsdp" and training.cache_frozen_layers != "none":
+def _auto_tries_alone(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.training.strategy == "fsdp" and recipe.training.per_device_train_batch_size == "auto":
         yield Mistake(
-            ("training", "cache_frozen_layers"),
-            "cannot be combined with strategy: fsdp, whose layers have to run in every process alike",
-            "use ddp, or none",
+            ("training", "per_device_train_batch_size"),
+            "auto cannot be combined with strategy: fsdp: each process tries sizes by itself, and its layers need all",
+            "write a number of rows",
         )
-    if training.strategy == "fsdp" and recipe.method != "lora":
+
+
+def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.training.strategy == "fsdp" and recipe.method != "lora":
         yield Mistake(
             ("training", "strategy"),
             f"fsdp shards a base that stays frozen, and method: {recipe.method} writes a whole model",
@@ -215,6 +217,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _warmup_fits,
     _offload_is_not_compiled,
     _one_batch_size,
+    _auto_tries_alone,
     _fsdp_is_for_lora,
     _fsdp_runs_every_layer,
 ]

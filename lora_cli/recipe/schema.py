@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_cli.recipe.types import (
+    BatchSize,
     Cadence,
     CountOrFraction,
     Initialisation,
@@ -25,6 +26,7 @@ from lora_cli.recipe.types import (
     TrackerNames,
 )
 
+AUTO_ROWS = 4  # of a micro-batch by default, and where auto starts from
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -141,10 +143,13 @@ class TrainingSection(Section):
         description="rows in an optimizer step over all processes, instead of gradient_accumulation_steps: "
         "the same steps on any number of processes",
     )
-    per_device_train_batch_size: PositiveInt = Field(4, description="rows in a micro-batch")
-    per_device_eval_batch_size: PositiveInt = Field(
+    per_device_train_batch_size: BatchSize = Field(
+        AUTO_ROWS,
+        description="rows in a micro-batch; auto: the most that fit into memory, of 4 x gradient_accumulation_steps",
+    )
+    per_device_eval_batch_size: BatchSize = Field(
         default_factory=lambda data: data.get("per_device_train_batch_size", 4),
-        description="rows in an evaluation batch (default: as in training)",
+        description="rows in an evaluation batch; auto: as in training (default: as in training)",
     )
     num_train_epochs: PositiveFloat = Field(3.0, description="passes over the training rows")
     max_steps: PositiveInt | None = Field(None, description="optimizer steps; wins over num_train_epochs")

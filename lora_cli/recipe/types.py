@@ -42,6 +42,12 @@ def cadence(value: Any) -> int | float | str:
     raise wrong(f"must be a number of steps, a fraction of the run between 0 and 1, or epoch, not {_yaml(value)}")
 
 
+def batch_size(value: Any) -> int | str:
+    if value == "auto" or (_is_int(value) and value >= 1):
+        return value
+    raise wrong(f"must be a number of rows (1 or more) or auto, not {_yaml(value)}")
+
+
 def strings(value: Any) -> list[str]:
     """One string or a list of strings; always a list afterwards."""
     items = [value] if isinstance(value, str) else value
@@ -110,6 +116,10 @@ CountOrFraction = Annotated[int | float, *_type(count_or_fraction, {"type": "num
 Cadence = Annotated[
     int | float | Literal["epoch"],
     *_type(cadence, {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "epoch"}]}),
+]
+BatchSize = Annotated[
+    int | Literal["auto"],
+    *_type(batch_size, {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
 ]
 StringList = Annotated[list[str], *_type(string_list, _STRINGS)]
 Strings = Annotated[list[str], *_type(strings, _STRINGS)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from lora_cli.commands.autosize import is_auto
 from lora_cli.commands.check import Check
 from lora_cli.commands.plan import Plan
 from lora_cli.data.dataset import Counts, label_counts
@@ -88,8 +89,10 @@ def _left_out(train: Counts, held_out: Counts) -> str:
 
 
 def _step(plan: Plan) -> str:
-    training = plan.recipe.training
-    steps, micro = plan.steps, training.per_device_train_batch_size
+    training, steps = plan.recipe.training, plan.steps
+    if is_auto(plan):
+        return f"{steps.rows_per_step} rows (micro-batch auto: as many of them as fit into memory)"
+    micro = steps.micro_batch_size
     processes = f" x {steps.num_processes} processes" if steps.num_processes > 1 else ""
     if training.global_batch_size is not None:
         return f"{steps.rows_per_step} rows (global_batch_size; {micro} at most in a micro-batch{processes})"
@@ -119,6 +122,8 @@ def show_check(console: Console, check: Check) -> None:
         rows.append(("rows a label", ", ".join(f"{label}: {count:,}" for label, count in counts)))
     rows.append(("disk", f"{size(plan.disk_bytes)} needed at most, {size(check.free_bytes)} free"))
     facts(console, rows)
+    console.print()
+    _show_memory(console, check)
     if plan.model.targets:
         console.print()
         _show_targets(console, plan)
@@ -129,6 +134,44 @@ def show_check(console: Console, check: Check) -> None:
         console.print("".join(piece for piece, _ in check.excerpt.pieces)[:EXCERPT_CHARACTERS], soft_wrap=True)
     else:
         _show_excerpt(console, check)
+
+
+def _show_memory(console: Console, check: Check) -> None:
+    """What the peak is made of, and whether it fits."""
+    memory, plan = check.memory, check.plan
+    trained = "adapters" if plan.recipe.method == "lora" else "trained weights"
+    kept = f"kept for the backward pass: {plural(memory.rows, 'row')}, {memory.tokens:,} tokens"
+    if plan.recipe.training.gradient_checkpointing:
+        kept += ", recomputed by layers"
+    parts = [
+        ("process", memory.process, "interpreter, libraries, rows"),
+        ("weights", memory.weights, "frozen"),
+        (trained, memory.adapters, "float32"),
+        ("gradients", memory.gradients, "float32"),
+        ("optimizer", memory.optimizer, "two moments"),
+        ("activations", memory.activations, kept),
+        ("logits", memory.logits, "alive at one time"),
+        ("temporaries", memory.temporaries, "what else is alive when most is"),
+        ("heap", memory.heap, "held by the C library between tensors"),
+    ]
+    made = table("memory", "estimated", "", right=(1,))
+    for name, count, what in parts:
+        if count:
+            made.add_row(name, size(count), what)
+    there = "" if memory.limit is None else f"of {size(memory.limit)}; "
+    made.add_row("peak", size(memory.total), f"{there}{_other_phases(check)}")
+    console.print(made)
+    console.print(f"estimated: {memory.estimated}", style="dim", soft_wrap=True)
+    if check.memory_note:
+        console.print(f"note: {check.memory_note}", style="bold", soft_wrap=True)
+
+
+def _other_phases(check: Check) -> str:
+    memory = check.memory
+    phases = {"training": memory.training, "loading": memory.loading, "saving": memory.saving}
+    if check.plan.dataset.eval:
+        phases["evaluating"] = memory.evaluation
+    return ", ".join(f"{name} {size(count)}" for name, count in phases.items())
 
 
 def _show_targets(console: Console, plan: Plan) -> None:

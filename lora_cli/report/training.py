@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_cli.commands.autosize import Choice
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.train import Outcome
@@ -28,6 +29,8 @@ class Silence:
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
 
     def network(self, network: Network) -> None: ...
+
+    def micro_batch(self, choice: Choice) -> None: ...
 
     def step(self, step: Step, state: State) -> None: ...
 
@@ -67,6 +70,10 @@ class TrainingScreen(Silence):
         """Only what is slower than it might be is worth a line."""
         if network.notes:
             facts(self.console, [("note", note) for note in network.notes])
+
+    def micro_batch(self, choice: Choice) -> None:
+        rows = plural(choice.steps.micro_batch_size, "row")
+        self.console.print(f"micro-batch  {rows} (auto: {size(choice.peak)} of {size(choice.limit)})")
 
     def step(self, step: Step, state: State) -> None:
         if self.bar is not None:

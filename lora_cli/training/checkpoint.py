@@ -45,6 +45,7 @@ class State:
     stopped_early: bool = False
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of metrics
     metrics_bytes: int = 0
+    micro_batch_size: int = 0  # where it was chosen for the recipe; 0 before that
     run: dict[str, Any] = field(default_factory=dict)  # what must not change between sessions
 
 

@@ -7,10 +7,11 @@ wherever it is run, so the figures do not depend on the number of processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 
-from lora_cli.data.batches import Batch, evaluation_batches
+from lora_cli.data.batches import Batch, Layout, StepPlan, evaluation_batches, tokens_of
 from lora_cli.data.encoding import Example
 from lora_cli.device import memory_errors
 from lora_cli.distributed import ALONE, World
@@ -20,6 +21,16 @@ from lora_cli.tasks import Metrics, Sums, Task
 MEMORY_CURE = "lower training.per_device_eval_batch_size"
 
 
+def evaluation_size(
+    asked: int | str, plan: StepPlan, examples: list[Example], total_steps: int, layout: Layout
+) -> tuple[int, int | None]:
+    """(rows of a batch, its tokens at most): no more of either than in training, unless more rows are asked for."""
+    size = plan.micro_batch_size if isinstance(asked, str) else asked
+    if size > plan.micro_batch_size:
+        return size, None
+    return size, tokens_of(plan.largest_micro_batch(examples, total_steps, layout), layout)
+
+
 @torch.no_grad()
 def evaluate(
     network: Network,
@@ -27,22 +38,25 @@ def evaluate(
     examples: list[Example],
     *,
     batch_size: int,
+    max_tokens: int | None = None,
     pad_id: int,
     device: torch.device,
     world: World = ALONE,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Metrics | None:
-    """The task's figures over all examples; None where ``stop`` asked one of the processes to leave early."""
+    """The task's figures over all examples; None where ``stop`` asked one of the processes to leave early.
+
+    With the tokens of training's largest micro-batch as ``max_tokens``, no evaluation takes more than a step.
+    """
     was_training = network.model.training
     network.model.eval()
-    batches = list(evaluation_batches(examples, batch_size, pad_id, network.layout))
+    batches = evaluation_batches(examples, batch_size, pad_id, network.layout, max_tokens)
     totals: Sums = {}
     finished = True
     try:
         with memory_errors(MEMORY_CURE):
-            for start in range(0, len(batches), world.size):
-                turn = batches[start : start + world.size]
+            while turn := list(islice(batches, world.size)):
                 # Where layers are gathered from all processes, none can leave alone.
                 finished = network.sharded or not stop()
                 if not finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import Metrics, Task
 from lora_cli.training.checkpoint import Best, Checkpoints, State, gathered_rng
-from lora_cli.training.evaluation import evaluate
+from lora_cli.training.evaluation import evaluate, evaluation_size
 from lora_cli.training.loop import LoopSettings, Step, train_steps
 from lora_cli.training.metrics import Line, MetricsFile, Tracker
 from lora_cli.training.optimizer import FlatAdamW, trained_parameters
@@ -191,11 +192,13 @@ class Run:
     def _evaluate(self) -> bool:
         """Evaluate, and tell whether the adapter is the best so far."""
         self.observer.evaluation_begins(len(self.eval))
+        size, tokens = self._evaluation_size
         metrics = evaluate(
             self.network,
             self.task,
             self.eval,
-            batch_size=self.training.per_device_eval_batch_size,
+            batch_size=size,
+            max_tokens=tokens,
             pad_id=self.settings.pad_id,
             device=self.device,
             world=self.world,
@@ -223,6 +226,11 @@ class Run:
             state.before = metrics
             return False
         return self._note_best(metrics)
+
+    @cached_property
+    def _evaluation_size(self) -> tuple[int, int | None]:
+        asked, layout = self.training.per_device_eval_batch_size, self.network.layout
+        return evaluation_size(asked, self.plan, self.train, self.settings.total_steps, layout)
 
     def _note_best(self, metrics: Metrics) -> bool:
         state, name = self.state, self.training.metric_for_best_model.removeprefix("eval_")

@@ -41,7 +41,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
         "versions": installed_versions(),
-        "load_before": os.getloadavg()[0],  # others at work: more than 0.5 makes timings doubtful
+        "load_before": os.getloadavg()[0],  # of others: nothing of ours has run yet
     }
 
 

@@ -23,6 +23,8 @@ def run(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=os.environ | OFFLINE, check=False, capture_output=True, text=True
     )
+    if done.returncode < 0:
+        raise Failed(f"ended by signal {-done.returncode}")  # 9: the system was out of memory, as a rule
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise Failed(lines[-1].replace("|", "/")[:100])  # it may become a cell of a table

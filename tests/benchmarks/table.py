@@ -12,6 +12,7 @@ from tests.benchmarks.products import card_peak
 
 OURS = "lora"
 MARK = "bench"
+QUIET = 0.5  # the load of a machine on which timings mean something
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def heading(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version[0].isdigit())
     device = f"{machine['device']}, " if machine["cuda"] else ""
     many = f"medians of {rounds} rounds, least and most in brackets" if rounds > 1 else "one round"
-    return f"{device}{machine['cpu']}, {machine['cores']} cores; {versions}; {many}."
+    busy = (
+        f" Others were at work (load {machine['load_before']:.1f}): doubtful." if machine["load_before"] > QUIET else ""
+    )
+    return f"{device}{machine['cpu']}, {machine['cores']} cores; {versions}; {many}.{busy}"
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:

@@ -126,6 +126,16 @@ def test_an_installed_contender_trains(name, task, tmp_path, monkeypatch):
     assert figures["peak_bytes"] > figures["above_base_bytes"] >= 0
 
 
+def test_who_cannot_be_measured_is_told_why():
+    why = {name: contender.why_not(SHAPES["long-context"], cuda=False) for name, contender in CONTENDERS.items()}
+    assert why["lora"] is None
+    assert why["peft+trainer+grouped"] == "the same: all rows have one length"
+    assert why["peft+trainer+liger"] == why["unsloth"] == "not measured: no CUDA device"
+    assert CONTENDERS["trl"].why_not(MICRO_ENCODER, cuda=False) == "does not train this task"
+    missing = replace(CONTENDERS["trl"], modules=("no_such_module",))
+    assert missing.why_not(MICRO, cuda=False) == "not installed"
+
+
 def test_everyone_supervises_the_same_tokens():
     from tests.benchmarks.contenders.ours import _example
 
@@ -150,6 +160,8 @@ def test_a_peak_is_no_less_than_what_is_held():
 def test_a_failed_process_says_why():
     with pytest.raises(Failed, match="ValueError: too / bad"):
         run("-c", "raise ValueError('too | bad')")
+    with pytest.raises(Failed, match="ended by signal 9"):
+        run("-c", "import os; os.kill(os.getpid(), 9)")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +184,7 @@ DOCUMENT = {
         "cores": 2,
         "device": "cpu",
         "cuda": False,
+        "load_before": 0.1,
         "versions": {"torch": "2.13.0", "trl": "not installed"},
     },
     "rounds": 3,
@@ -238,6 +251,11 @@ Some CPU, 2 cores; torch 2.13.0; medians of 3 rounds, least and most in brackets
 
 def test_the_tables_of_a_small_document():
     assert markdown([DOCUMENT]) == EXPECTED
+
+
+def test_a_machine_that_was_not_quiet_is_told():
+    busy = DOCUMENT | {"machine": DOCUMENT["machine"] | {"load_before": 3.2}}
+    assert "Others were at work (load 3.2): doubtful." in markdown([busy])
 
 
 def test_utilisation_is_shown_on_a_card_only_and_not_guessed_for_an_unknown_one():

@@ -203,7 +203,7 @@ def test_a_single_epoch_without_evaluation_is_told_that_it_gains_nothing(deep, l
 @pytest.mark.parametrize(
     ("where", "function", "end"),
     [
-        ("memory", "free_memory_bytes", "of memory are free beside the model"),
+        ("memory", "available_bytes", "of memory are free beside the model"),
         ("disk", "free_bytes", "of disk are free in"),
     ],
 )

@@ -149,6 +149,13 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "cannot be combined with global_batch_size",
         ["training.global_batch_size=null", "training.gradient_accumulation_steps=1"],
     ),
+    (
+        "_auto_tries_alone",
+        ["training.strategy=fsdp", "training.per_device_train_batch_size=auto"],
+        "training.per_device_train_batch_size",
+        "auto cannot be combined with strategy: fsdp",
+        ["training.strategy=ddp", "training.per_device_train_batch_size=auto"],
+    ),
     *(
         (
             "_fsdp_is_for_lora",

@@ -19,6 +19,7 @@ class Contender:
     modules: tuple[str, ...] = ()  # what has to be installed
     needs_cuda: bool = False
     tasks: tuple[str, ...] = ("causal_lm", "sequence_classification")
+    needs_lengths: bool = False  # is nothing new where all rows are alike
 
     def train(self) -> Any:
         module, _, function = self.place.rpartition(".")
@@ -28,6 +29,8 @@ class Contender:
         """Why it cannot be measured here; None where it can."""
         if shape.task not in self.tasks:
             return "does not train this task"
+        if self.needs_lengths and shape.shortest == shape.longest:
+            return "the same: all rows have one length"
         if self.needs_cuda and not cuda:
             return "not measured: no CUDA device"
         if not all(find_spec(module) for module in self.modules):
@@ -39,7 +42,7 @@ TRAINER = ("peft", "accelerate")
 CONTENDERS = {
     "lora": Contender("ours.train"),
     "peft+trainer": Contender("trainer.train", TRAINER),
-    "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER),
+    "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER, needs_lengths=True),
     "peft+trainer+liger": Contender(
         "trainer.train_liger", (*TRAINER, "liger_kernel"), needs_cuda=True, tasks=("causal_lm",)
     ),

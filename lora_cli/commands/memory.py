@@ -1,0 +1,209 @@
+"""How much memory a run will take, from shapes alone, before a weight is read.
+
+The step of the largest micro-batch is rehearsed on the meta device (``training/rehearsal.py``); what lives all
+the time is counted from the parameters; what the process holds is asked of the system.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lora_cli.commands.plan import Plan
+from lora_cli.commands.trainable import prepare
+from lora_cli.data.batches import StepPlan, largest_evaluation_batch, tokens_of
+from lora_cli.data.encoding import Example
+from lora_cli.device import available_bytes, process_bytes
+from lora_cli.fusion.network import Network
+from lora_cli.fusion.outline import outline_batch, outline_network
+from lora_cli.fusion.recompute import checkpoint_activations
+from lora_cli.models import empty_model
+from lora_cli.ops.cross_entropy import CHUNK_LOGITS
+from lora_cli.tasks import TASKS
+from lora_cli.training.evaluation import evaluation_size
+from lora_cli.training.optimizer import ALIGNMENT
+from lora_cli.training.rehearsal import StepBytes, guess_step, rehearse_evaluation, rehearse_step
+
+# Measured, not derived, on the CPU (glibc): what the libraries take when their first products run, and what stands
+# free between tensors of different sizes, as a share of what is alive. Recomputing layers in the backward
+# pass scatters what is kept among what is not, and about doubles the place it takes.
+WAKING_BYTES = 80 * 10**6
+HEAP_SHARE, HEAP_SHARE_CHECKPOINTING = 0.2, 1.0
+MARGIN = 0.1  # of the limit, left free: other programs and an inexact plan
+
+BY_LOOKS = "how the model is run is judged by the looks of its modules"
+BY_SIZES = "this model cannot be rehearsed without values: activations are guessed from the sizes of its layers"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. ``total`` is the expected peak of `lora train`: of the process, or of the GPU."""
+
+    process: int  # interpreter, libraries, tokenizer and rows; 0 on a GPU
+    weights: int  # those that stay frozen
+    adapters: int  # all that is trained, in float32
+    gradients: int
+    optimizer: int  # two moments
+    activations: int  # kept for the backward pass
+    logits: int  # in flight at one time
+    temporaries: int  # what else is alive when most is
+    heap: int  # what the C library holds besides
+    loading: int  # totals of the other phases
+    evaluation: int
+    saving: int
+    rows: int  # of the largest micro-batch
+    tokens: int  # of it, padding included
+    limit: int | None  # what this process may take in all
+    estimated: str  # what is no count
+
+    @property
+    def training(self) -> int:
+        step = self.activations + self.logits + self.temporaries
+        return self.resident + step + self.heap
+
+    @property
+    def resident(self) -> int:
+        """What is there in every step and between them."""
+        return self.process + self.weights + self.adapters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return max(self.training, self.loading, self.evaluation, self.saving)
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.total <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"training": self.training, "total": self.total, "fits": self.fits}
+
+
+class MemoryPlanner:
+    """Plans for one run; several sizes of its micro-batch can be asked for."""
+
+    def __init__(self, plan: Plan, *, remote_code: bool = False) -> None:
+        self.plan, recipe = plan, plan.recipe
+        self.process = process_bytes() if plan.device.type != "cuda" else 0
+        attention = recipe.model.attn_implementation
+        self.model = empty_model(
+            copy.deepcopy(plan.model.config),  # it notes how attention is done
+            recipe.task,
+            dtype=plan.dtype,
+            attn_implementation=attention,
+            remote_code=remote_code,
+        )
+        prepare(self.model, recipe)
+        self.model.train()
+        how = recipe.training.gradient_checkpointing
+        if how:
+            checkpoint_activations(self.model, True if how == "offload" else how)  # on paper there is no host
+        self.rehearsed = True
+        try:
+            self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)
+        except Exception:  # as in _step
+            self.rehearsed, self.network = False, Network(self.model)
+        self.limit = available_bytes(plan.device)
+        if self.limit is not None and plan.device.type != "cuda":
+            self.limit += self.process
+
+    def memory(self, steps: StepPlan | None = None) -> MemoryPlan:
+        """What the run takes with its steps cut like this."""
+        steps = steps or self.plan.steps
+        batch = steps.largest_micro_batch(self.plan.dataset.train, self.plan.total_steps, self.network.layout)
+        step = self._step(batch)
+        logits = logits_bytes(self.network, batch, self.plan)
+        frozen, trained, largest = self._parameters()
+        on_cpu = self.plan.device.type == "cpu"
+        share = HEAP_SHARE_CHECKPOINTING if self.plan.recipe.training.gradient_checkpointing else HEAP_SHARE
+        leftover = largest + WAKING_BYTES if on_cpu else 0
+        peak = max(step.peak, step.kept + (logits if self.network.head is not None else 0))
+        resident = self.process + frozen + 4 * trained
+        return MemoryPlan(
+            process=self.process,
+            weights=frozen,
+            adapters=trained,
+            gradients=trained,
+            optimizer=2 * trained,
+            activations=step.kept,
+            logits=min(logits, peak - step.kept) if self.network.head is None else logits,
+            temporaries=max(0, peak - step.kept - logits),
+            heap=leftover + int(share * peak) if on_cpu else 0,
+            loading=self.process + frozen + trained + (leftover if on_cpu else largest),
+            evaluation=resident + leftover + self._evaluation(steps),
+            saving=resident + leftover + 4 * trained,  # moments cut apart, and their bytes
+            rows=len(batch),
+            tokens=tokens_of(batch, self.network.layout),
+            limit=self.limit,
+            estimated=BY_LOOKS if self.rehearsed else BY_SIZES,
+        )
+
+    def _step(self, batch: list[Example]) -> StepBytes:
+        if self.rehearsed:
+            outline = outline_batch(batch, self.network.layout, self.plan.device)
+            try:
+                return rehearse_step(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+            except Exception:  # whatever a model raises that asks for values: from now on it is guessed
+                self.rehearsed = False
+        return self._guess(batch, bool(self.plan.recipe.training.gradient_checkpointing))
+
+    def _guess(self, rows: list[Example], checkpointing: bool) -> StepBytes:
+        tokens = tokens_of(rows, self.network.layout)
+        return guess_step(self.model, tokens, self.plan.dtype.itemsize, checkpointing)
+
+    def _evaluation(self, steps: StepPlan) -> int:
+        if not self.plan.dataset.eval:
+            return 0
+        plan, layout = self.plan, self.network.layout
+        asked = plan.recipe.training.per_device_eval_batch_size
+        size, tokens = evaluation_size(asked, steps, plan.dataset.train, plan.total_steps, layout)
+        rows = largest_evaluation_batch(plan.dataset.eval, size, layout, tokens)
+        if not self.rehearsed:  # what one layer keeps is about what is alive at one time
+            guessed = self._guess(rows, checkpointing=False)
+            return guessed.peak - guessed.kept
+        outline = outline_batch(rows, self.network.layout, self.plan.device)
+        return rehearse_evaluation(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+
+    def _parameters(self) -> tuple[int, int, int]:
+        """Bytes of the frozen ones with buffers, of the trained ones in their vector, and what checking the
+        largest for finite values takes: its magnitudes and a byte each."""
+        parameters = list(self.model.parameters())
+        frozen = sum(p.nbytes for p in parameters if not p.requires_grad) + sum(b.nbytes for b in self.model.buffers())
+        trained = sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT * 4 for p in parameters if p.requires_grad)
+        return frozen, trained, max(p.nbytes + p.numel() for p in parameters)
+
+
+def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
+    """Logits alive at one time: a chunk in the model's dtype and in float32, or all of them with their gradient.
+
+    Where they are float32 already, the chunk is turned into its own gradient in place.
+    """
+    output = network.model.get_output_embeddings()
+    if plan.recipe.task != "causal_lm" or output is None:
+        return 0
+    vocabulary, size = output.weight.shape[0], plan.dtype.itemsize
+    positions = sum(example.num_targets for example in batch)
+    if network.head is None:
+        return positions * vocabulary * (size + (4 if size < 4 else 0) + 4)
+    chunk = max(1, CHUNK_LOGITS.get(plan.device.type, CHUNK_LOGITS["cpu"]) // vocabulary)
+    return min(chunk, positions) * vocabulary * (size + (4 if size < 4 else 0))
+
+
+def memory_note(memory: MemoryPlan, plan: Plan) -> str | None:
+    """What to change where it will not fit; None where it will."""
+    if memory.fits or memory.limit is None:
+        return None
+    training, cures = plan.recipe.training, []
+    if memory.activations + memory.temporaries > memory.weights and memory.rows > 1:
+        cures.append("training.per_device_train_batch_size (and raise gradient_accumulation_steps)")
+    if plan.recipe.dataset.max_length > 128:
+        cures.append("dataset.max_length")
+    text = f"lower {' or '.join(cures)}" if cures else ""
+    if not training.gradient_checkpointing and plan.model.skeleton.supports_gradient_checkpointing:
+        text += f"{', ' if text else ''}set training.gradient_checkpointing: true"
+    if plan.dtype == torch.float32 and plan.recipe.method != "full":
+        text += f"{', or ' if text else ''}model.dtype: bfloat16"
+    planned, there = memory.total / 1e9, memory.limit / 1e9
+    return f"memory: {planned:,.1f} GB are planned and {there:,.1f} GB are there; {text or 'use a smaller model'}"

@@ -1,0 +1,187 @@
+"""A network that holds shapes only: how a model would be run, told from its looks on the meta device.
+
+``proof.py`` finds the way out with weights; here nothing can be compared, so what looks like a form is taken for
+one. It is an estimate of the way, and exact in what every tensor of that way weighs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from lora_cli.data.batches import Batch, Layout, collate
+from lora_cli.data.encoding import Example
+from lora_cli.fusion.attention import ROWS
+from lora_cli.fusion.forms import Calls, adopt, forms_of
+from lora_cli.fusion.network import Network, takes_positions
+from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, probe_examples, why_not_end_to_end
+from lora_cli.ops.cross_entropy import Head
+from lora_cli.ops.rows import Group, Rows
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class OutlinedRows(Rows):
+    """Rows without tokens, on their way through the attention of the device that they stand for.
+
+    What is done group by group and leaves nothing behind is done for the largest, which needs most.
+    """
+
+    sights: dict[Any, Any] = field(default_factory=dict)
+
+    def observe(self, module: object, sight: object) -> None:
+        self.sights[module] = sight
+
+    def in_turn(self, groups: list[Group]) -> list[Group]:
+        return [max(groups, key=lambda group: group[0].stop - group[0].start)]  # type: ignore[index]
+
+    def to(self, device: torch.device) -> Rows:
+        return self
+
+
+@contextmanager
+def on_paper(device: torch.device) -> Iterator[None]:
+    """While it lasts, a model of shapes takes the ways it would take on ``device``."""
+    with _NoValues(), _KernelsOf(device.type):
+        yield
+
+
+class _KernelsOf(TorchFunctionMode):
+    """On meta torch's attention is plain mathematics that keeps every probability; on a device it is a kernel."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and (
+            not kwargs.get("dropout_p") or self.device_type == "cuda"  # the CPU's kernel knows no dropout
+        ):
+            return _flash_outline(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _flash_outline(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Keeps queries, keys, values, the output, a sum for each query, and the mask as numbers."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _NoValues(TorchDispatchMode):
+    """Answers 0 where a model asks for a value, which a meta tensor does not have: is any of this padding?"""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        return operation(*args, **(kwargs or {}))
+
+
+def outline_batch(examples: list[Example], layout: Layout, stands_for: torch.device) -> Batch:
+    """These rows as a batch of shapes. What the host looks at (places, whose target) stays on the host."""
+    batch = collate(examples, 0, layout)
+    known = batch.rows
+    tables = (tensor.to(META) for tensor in (known.bounds, known.key_bounds, known.key_places))
+    bounds, key_bounds, key_places = tables
+    rows = OutlinedRows(
+        known.lengths, bounds, known.prefix, known.filled, key_bounds, key_places, stands_for=stands_for.type
+    )
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(META),
+        rows=rows,
+        places=batch.places.to(META) if layout.end_to_end else batch.places,
+        targets=batch.targets.to(META),
+        target_rows=batch.target_rows.to(META) if layout.end_to_end else batch.target_rows,
+        labels=None if batch.labels is None else batch.labels.to(META),
+    )
+
+
+@torch.no_grad()
+def outline_network(
+    model: PreTrainedModel, task: str, device: torch.device, *, attention: str = "auto", fused: bool = True
+) -> Network:
+    """How ``build_network`` would run this model on ``device``, judged by its looks. The model is on meta."""
+    network = Network(model)
+    if attention == "auto" and why_not_end_to_end(model) is None:
+        network = _end_to_end(network, task, device) or network
+    if fused:
+        _adopt_forms(network, task, device)
+        network = replace(network, head=_head(model, task))
+    return network
+
+
+def _end_to_end(network: Network, task: str, device: torch.device) -> Network | None:
+    """The network without padding; None where the model's attention does not come to ask about rows."""
+    share = LEAST_SHARED if task == "causal_lm" and not has_dropout(network.model) else 0
+    line = replace(network, layout=replace(layout_of(network.model, device), share=share))
+    before = network.model.config._attn_implementation
+    try:
+        network.model.set_attn_implementation(ROWS)
+        if _probe(line, task, device).sights:
+            return line
+    except Exception:  # whatever a model raises without values; proof.py takes it for a no as well
+        pass
+    network.model.set_attn_implementation(before)
+    return None
+
+
+def _probe(network: Network, task: str, device: torch.device) -> OutlinedRows:
+    batch = outline_batch(probe_examples(network.model, task), network.layout, device)
+    assert isinstance(batch.rows, OutlinedRows)
+    with on_paper(device):
+        network.hidden(batch)
+    return batch.rows
+
+
+def _adopt_forms(network: Network, task: str, device: torch.device) -> None:
+    calls = Calls(network.model)
+    try:
+        sights = _probe(network, task, device).sights
+    finally:
+        calls.end()
+    adopt(
+        {
+            module: form
+            for module, (args, kwargs, output) in calls.notes.items()
+            for form in list(forms_of(module, sights, False))[:1]
+            if _gives_the_shape(form, args, kwargs, output)
+        }
+    )
+
+
+def _gives_the_shape(form: Any, args: Any, kwargs: Any, output: Any) -> bool:
+    try:
+        found = form(*args, **kwargs)
+    except (TypeError, KeyError, RuntimeError, AssertionError, IndexError):
+        return False
+    first, other = (value[0] if isinstance(value, tuple) else value for value in (output, found))
+    return isinstance(first, Tensor) and first.shape == other.shape
+
+
+def _head(model: PreTrainedModel, task: str) -> Head | None:
+    output = model.get_output_embeddings()
+    if task != "causal_lm" or type(output) is not nn.Linear or not takes_positions(model):
+        return None
+    return Head(output.weight, output.bias)

@@ -1,0 +1,141 @@
+"""`per_device_train_batch_size: auto`: what fits is taken, and the run is that of the same size written down."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_cli.commands import autosize
+from lora_cli.commands.autosize import cuts, planned
+from lora_cli.commands.memory import MemoryPlanner
+from lora_cli.commands.plan import make_plan
+from lora_cli.data.batches import StepPlan
+from lora_cli.errors import OutOfMemoryError
+from lora_cli.recipe import load_recipe
+
+AUTO = {"training.per_device_train_batch_size": "auto", "training.gradient_accumulation_steps": 2}
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(1, [1]), (8, [8, 4, 2, 1]), (12, [12, 6, 3, 1]), (20, [20, 10, 5, 2, 1]), (7, [7, 1])]
+)
+def test_a_step_is_cut_into_equal_parts_each_half_of_the_last(rows, sizes):
+    found = cuts(StepPlan(100, rows, 1, 0))
+    assert [steps.micro_batch_size for steps in found] == sizes
+    assert {steps.rows_per_step for steps in found} == {rows}
+
+
+def test_a_resumed_run_begins_where_it_was():
+    assert [steps.micro_batch_size for steps in cuts(StepPlan(100, 8, 1, 0), at_most=4)] == [4, 2, 1]
+
+
+def test_the_step_is_the_default_one(recipe):
+    plan = make_plan(load_recipe(recipe(**AUTO)))
+    assert plan.steps.rows_per_step == 8
+    assert (
+        make_plan(load_recipe(recipe(**{**AUTO, "training.per_device_train_batch_size": 4}))).steps.rows_per_step == 8
+    )
+
+
+def test_the_plan_leaves_out_what_cannot_fit(recipe):
+    planner = MemoryPlanner(make_plan(load_recipe(recipe(**AUTO))))
+    assert [steps.micro_batch_size for steps, _ in planned(planner)] == [8, 4, 2, 1]
+    half = planner.memory(cuts(planner.plan.steps)[1]).total
+    planner.limit = int(half / (1 - autosize.MARGIN)) + 1
+    assert [steps.micro_batch_size for steps, _ in planned(planner)] == [4, 2, 1]
+    planner.limit = 1
+    assert [steps.micro_batch_size for steps, _ in planned(planner)] == [1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_run_is_bitwise_that_of_the_size_it_chose(recipe, lora, tmp_path, dropout):
+    shared = {"lora.lora_dropout": dropout, "dataset.eval_size": 4}
+    chosen = lora("train", recipe("a.yaml", **AUTO, **shared, output_dir=str(tmp_path / "a")))
+    assert "micro-batch  8 rows (auto: " in chosen.out
+    written = {"training.per_device_train_batch_size": 8}
+    lora("train", recipe("b.yaml", **written, **shared, output_dir=str(tmp_path / "b")))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    other = {"lora.lora_dropout": 0.5, "dataset.eval_size": 4}
+    lora("train", recipe("c.yaml", **written, **other, output_dir=str(tmp_path / "c")))
+    assert digest(tmp_path / "c") != digest(tmp_path / "b"), "the control: something would show"
+
+
+def test_what_does_not_go_through_is_halved(recipe, lora, tmp_path, monkeypatch):
+    tried = []
+    real = autosize.accumulate_gradients
+
+    def small_memory(network, task, batches, device):
+        tried.append(batches[0].num_rows)
+        if batches[0].num_rows > 2:
+            torch.rand(3)  # a failure in the middle has drawn already
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 1 GB")
+        return real(network, task, batches, device)
+
+    monkeypatch.setattr(autosize, "accumulate_gradients", small_memory)
+    out = lora("train", recipe("a.yaml", **AUTO, **{"lora.lora_dropout": 0.3}, output_dir=str(tmp_path / "a"))).out
+    assert tried == [8, 4, 2]
+    assert "micro-batch  2 rows (auto: " in out
+    written = {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 4}
+    lora("train", recipe("b.yaml", **written, **{"lora.lora_dropout": 0.3}, output_dir=str(tmp_path / "b")))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_where_nothing_goes_through_the_run_ends_as_out_of_memory(recipe, lora, monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 1 GB")
+
+    monkeypatch.setattr(autosize, "accumulate_gradients", no_memory)
+    result = lora("train", recipe(**AUTO))
+    assert result.code == OutOfMemoryError.exit_code
+    assert "gradient_checkpointing" in result.err
+
+
+def test_a_resumed_run_keeps_its_size_and_its_bytes(recipe, lora, tmp_path):
+    whole = recipe("a.yaml", **AUTO, output_dir=str(tmp_path / "a"), **{"training.save_steps": 2})
+    assert lora("train", whole).code == 0
+    for name in ("adapter", "summary.json", "checkpoints/step-000004"):
+        path = tmp_path / "a" / name
+        path.rename(tmp_path / f"kept-{path.name}")
+    again = lora("train", whole)
+    assert "resuming after step 2" in again.out
+    assert "micro-batch  8 rows" in again.out
+    before = tmp_path / "kept-adapter" / "adapter_model.safetensors"
+    assert digest(tmp_path / "a") == hashlib.sha256(before.read_bytes()).hexdigest()
+
+
+def test_check_tells_what_it_would_take(recipe, lora):
+    found = lora("check", recipe(**AUTO), "--json").json
+    assert found["rows_per_step"] == 8
+    assert found["memory"]["rows"] == 8
+
+
+def test_the_resolved_recipe_can_be_used_again(recipe, lora, tmp_path):
+    assert lora("train", recipe(**AUTO)).code == 0
+    resolved = load_recipe(tmp_path / "run" / "resolved.yaml").recipe.training
+    assert (resolved.per_device_train_batch_size, resolved.per_device_eval_batch_size) == ("auto", "auto")
+
+
+def test_a_device_that_does_not_tell_its_memory_is_refused(recipe, lora, monkeypatch):
+    monkeypatch.setattr("lora_cli.commands.plan.available_bytes", lambda device: None)
+    result = lora("check", recipe(**AUTO))
+    assert result.code == 2
+    assert "per_device_train_batch_size: auto" in result.err or "per_device_train_batch_size auto" in result.err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "most", "1.5", "true", "null"])
+def test_anything_else_is_refused(recipe, value):
+    with pytest.raises(Exception, match=r"must be a number of rows \(1 or more\) or auto"):
+        load_recipe(recipe(), [f"training.per_device_train_batch_size={value}"])
+
+
+def test_a_cut_is_the_same_step():
+    steps = StepPlan(30, 6, 1, seed=3)
+    assert steps.rows_of(2) == replace(steps, micro_batch_size=2, accumulation=3).rows_of(2)

@@ -1,0 +1,156 @@
+"""The memory plan of `lora check`: its parts against closed forms, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
+from lora_cli.commands.plan import make_plan
+from lora_cli.recipe import load_recipe
+from tests.conftest import labelled_rows, write_jsonl
+
+HIDDEN, INNER, VALUES, LAYERS, VOCABULARY, R = 32, 48, 16, 2, 320, 4
+# (in, out) of q, k, v, o, gate, up, down
+SHAPES = [(32, 32), (32, VALUES), (32, VALUES), (32, 32), (32, 48), (32, 48), (48, 32)]
+ADAPTERS = LAYERS * sum(R * (i + o) for i, o in SHAPES)
+FROZEN = LAYERS * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN) + VOCABULARY * HIDDEN + HIDDEN
+BUFFERS = 2 * 4 * 4  # the rotary frequencies, and those they began as
+
+
+def planner(path, *changes: str) -> MemoryPlanner:
+    return MemoryPlanner(make_plan(load_recipe(path, list(changes))))
+
+
+def memory(path, *changes: str) -> MemoryPlan:
+    return planner(path, *changes).memory()
+
+
+def test_resident_parts_are_the_parameters(recipe):
+    found = memory(recipe())
+    assert found.weights == 4 * FROZEN + BUFFERS
+    assert (found.adapters, found.gradients, found.optimizer) == (4 * ADAPTERS, 4 * ADAPTERS, 8 * ADAPTERS)
+
+
+def test_frozen_weights_shrink_with_their_dtype_and_adapters_do_not(recipe):
+    found = memory(recipe(), "model.dtype=bfloat16")
+    assert found.weights == 2 * FROZEN + BUFFERS
+    assert found.adapters == 4 * ADAPTERS
+
+
+def test_activations_of_a_fused_llama_by_hand(recipe):
+    """What each autograd node saves, N tokens of it; small matrices aside."""
+    found = planner(recipe())
+    plan = found.memory()
+    n = plan.tokens
+    layer = (
+        2 * (HIDDEN + 1)  # two norms: x and 1 / its length
+        + HIDDEN + 3 * R  # q, k, v of one input, and its A x
+        + HIDDEN + 2 * VALUES  # attention: q, k, v as they are multiplied
+        + HIDDEN + R  # o_proj's input, and A x
+        + HIDDEN + 2 * R  # gate and up of one input
+        + 2 * INNER + R  # the gated half: gate, up, and down's A x
+    )  # fmt: skip
+    ends = (HIDDEN + 1) + 2 * 8  # the last norm; cos and signed sin
+    rows = found.plan.steps.largest_micro_batch(found.plan.dataset.train, 4, found.network.layout)
+    head = sum(row.num_targets for row in rows) * HIDDEN
+    matrices = LAYERS * R * (3 * 32 + 2 * 32 + 32 + 2 * 16 + 32 + 2 * 48 + 32)  # A stacked, B scaled
+    assert plan.activations == pytest.approx(4 * (n * (LAYERS * layer + ends) + head + matrices), rel=0.03)
+
+
+def test_logits_are_a_chunk_or_all_of_them(recipe):
+    found = planner(recipe())
+    rows = found.plan.steps.largest_micro_batch(found.plan.dataset.train, 4, found.network.layout)
+    targets = sum(row.num_targets for row in rows)
+    assert found.memory().logits == targets * VOCABULARY * 4, "fewer than a chunk holds, turned into their gradient"
+    assert memory(recipe(), "model.dtype=bfloat16").logits == targets * VOCABULARY * (2 + 4)
+
+
+def test_the_total_is_the_sum_of_its_parts(recipe):
+    found = memory(recipe())
+    parts = ("process", "weights", "adapters", "gradients", "optimizer", "activations", "logits", "temporaries", "heap")
+    assert found.training == sum(getattr(found, part) for part in parts)
+    assert found.total == max(found.training, found.loading, found.evaluation, found.saving)
+
+
+def test_the_largest_micro_batch_of_the_run_counts_and_not_max_length(recipe):
+    path = recipe()
+    assert memory(path).activations == memory(path, "dataset.max_length=128").activations
+    one, four = (memory(path, f"training.per_device_train_batch_size={rows}") for rows in (1, 4))
+    assert (one.rows, four.rows) == (1, 4)
+    assert one.activations < four.activations
+
+
+def test_checkpointing_is_planned(recipe):
+    plain, less = memory(recipe()), memory(recipe(), "training.gradient_checkpointing=true")
+    assert less.activations < plain.activations / 2
+
+
+def test_full_training_has_moments_of_all_weights(recipe):
+    found = memory(recipe(), "method=full", "lora={}")
+    assert found.weights == BUFFERS
+    assert found.optimizer == 8 * FROZEN, "the tied embedding once"
+
+
+def test_a_classifiers_head_is_trained_in_float32(recipe, model_folder, tmp_path):
+    rows = write_jsonl(tmp_path / "labelled.jsonl", labelled_rows(12))
+    base = str(model_folder("bert", "sequence_classification"))
+    changes = [f"model.path={base}", "task=sequence_classification", f"dataset.path={rows}", "method=head", "lora={}"]
+    head = 32 * 2 + 2
+    found = memory(recipe(), *changes)
+    assert found.adapters == 4 * (64 + 16), f"{head} values, each tensor on a cache line of its own"
+    assert found.logits == 0
+
+
+def test_evaluation_stays_below_training(recipe):
+    for changes in ([], ["model.attn_implementation=sdpa"], ["training.gradient_checkpointing=true"]):
+        found = memory(recipe(**{"dataset.eval_size": 8}), *changes)
+        assert 0 < found.evaluation <= found.training
+
+
+def test_planning_leaves_the_plan_as_it_was(recipe):
+    plan = make_plan(load_recipe(recipe()))
+    before = plan.model.config._attn_implementation
+    MemoryPlanner(plan).memory()
+    assert plan.model.config._attn_implementation == before
+
+
+def test_a_plan_beyond_the_machine_names_what_to_lower(recipe):
+    plan = make_plan(load_recipe(recipe(**{"dataset.max_length": 512})))
+    found = MemoryPlanner(plan).memory()
+    assert memory_note(found, plan) is None
+    note = memory_note(replace(found, limit=10**6, weights=0), plan)
+    assert note is not None
+    assert "training.per_device_train_batch_size" in note
+    assert "dataset.max_length" in note
+    assert "gradient_checkpointing: true" in note
+    assert "bfloat16" in note
+    assert memory_note(replace(found, limit=None), plan) is None
+
+
+def test_check_shows_the_table_and_json_holds_bytes(recipe, lora):
+    path = recipe(**{"dataset.eval_size": 4})
+    out = lora("check", path).out
+    for word in ("weights", "adapters", "optimizer", "activations", "logits", "temporaries", "peak", "evaluating"):
+        assert word in out
+    found = lora("check", path, "--json").json["memory"]
+    assert found["weights"] == 4 * FROZEN + BUFFERS
+    assert found["total"] >= found["process"] + found["weights"]
+    assert found["fits"] is True
+
+
+def test_a_model_that_asks_for_values_is_guessed_and_says_so(recipe, lora):
+    """Experts are chosen by value. The guess is of the size of what can be counted."""
+    experts = {"model_type": "mixtral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48}
+    experts |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    path = recipe()
+    tokenizer = load_recipe(path).recipe.model.path
+    model = f"model={json.dumps({'config': experts, 'tokenizer': tokenizer, 'dtype': 'float32'})}"
+    found = lora("check", path, model, "--json").json["memory"]
+    assert found["estimated"] == BY_SIZES
+    assert found["activations"] > memory(path).activations / 2
+    counted = planner(path)
+    rows = counted.plan.steps.largest_micro_batch(counted.plan.dataset.train, 4, counted.network.layout)
+    assert 1 <= counted._guess(rows, False).kept / counted.memory().activations < 2, "as if nothing were fused"
