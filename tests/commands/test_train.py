@@ -126,7 +126,7 @@ def per_device_train_batch_size(before: Seen, after: Seen) -> None:
 
 
 def per_device_eval_batch_size(before: Seen, after: Seen) -> None:
-    assert before.eval_batches == [4, 2] * 2, "before training and at the end; as many rows as in training"
+    assert before.eval_batches == [3, 3] * 2, "before training and at the end; no more rows or tokens than in training"
     assert after.eval_batches == [1] * 6 * 2
     assert after.column("eval_loss") == pytest.approx(before.column("eval_loss"), rel=1e-6)
 
