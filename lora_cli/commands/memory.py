@@ -21,7 +21,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
-from lora_cli.ops.cross_entropy import CHUNK_LOGITS
+from lora_cli.ops.cross_entropy import positions_at_a_time
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
 from lora_cli.training.optimizer import ALIGNMENT
@@ -187,7 +187,7 @@ def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
     positions = sum(example.num_targets for example in batch)
     if network.head is None:
         return positions * vocabulary * (size + (4 if size < 4 else 0) + 4)
-    chunk = max(1, CHUNK_LOGITS.get(plan.device.type, CHUNK_LOGITS["cpu"]) // vocabulary)
+    chunk = positions_at_a_time(vocabulary, plan.device.type)
     return min(chunk, positions) * vocabulary * (size + (4 if size < 4 else 0))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_cli.ops.precision import wide, wide_type
+from lora_cli.ops.precision import wide_product, wide_type
 from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import INFINITE, Sight
 
@@ -123,7 +123,7 @@ class _Group:
 
     def scores(self, q_SQD: Tensor, k_STD: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
         """(S * K, Q, keys) float32, masked; and the tanh of the capped scores where there is a cap."""
-        scores_SQT = torch.bmm(wide(q_SQD), wide(k_STD).transpose(1, 2))
+        scores_SQT = wide_product(q_SQD, k_STD.transpose(1, 2))
         tanh_SQT = None
         if self.sight.softcap is not None:
             tanh_SQT = scores_SQT.div_(self.sight.softcap).tanh_()

@@ -63,9 +63,10 @@ def _inner(gate_NI: Tensor, up_NI: Tensor, act: Activation) -> Tensor:
 
 def _inner_backward(
     dh_NI: Tensor, gate_NI: Tensor, up_NI: Tensor, act: Activation, derivative: Derivative
-) -> tuple[Tensor, Tensor]:
-    """(d gate, d up)."""
-    return derivative(dh_NI * up_NI, gate_NI), act(gate_NI).mul_(dh_NI)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h again, d gate, d up)."""
+    activated_NI = act(gate_NI)
+    return activated_NI * up_NI, derivative(dh_NI * up_NI, gate_NI), activated_NI.mul_(dh_NI)
 
 
 class _GatedLowRank(torch.autograd.Function):
@@ -103,7 +104,8 @@ class _GatedLowRank(torch.autograd.Function):
         if scaled_B is not None:
             g_NR = dy_NO @ scaled_B
             dh_NI.addmm_(g_NR, cast_A)
-            da_RI = (g_NR.T @ kernel(_inner, ctx.compile)(gate_NI, up_NI, act)).to(ctx.dtype)
             db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.scaling)
-        dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
+        h_NI, dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
+        if scaled_B is not None:
+            da_RI = (g_NR.T @ h_NI).to(ctx.dtype)
         return dgate_NI, dup_NI, None, None, None, None, da_RI, db_OR, None
