@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.files import TASK_TYPES, load_trained, peft_config, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base, parametrisation
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
 from lora_cli.commands.provenance import Provenance
 from lora_cli.models import fingerprint, head_modules, load_model, read_config
@@ -58,9 +58,9 @@ def our_adapter(base: Path, folder: Path, task: str, **lora: Any) -> nn.Module:
     model, _ = load_model(base, read_config(base), task, torch.float32)
     section = LoraSection(**{"r": 4} | lora)
     saved = [*head_modules(model, task), *find_saved(model, section.modules_to_save or [])]
-    attach(model, find_targets(model, section, saved), section.lora_dropout)
+    attach(model, find_targets(model, section, saved), parametrisation(section))
     freeze_base(model, saved)
-    initialise(adapters_of(model), section.init_lora_weights, seed=0)
+    initialise(adapters_of(model), section, seed=0)
     perturb(model)
     folder.mkdir(parents=True)
     config = peft_config(model, section, task, saved, base=str(base), revision=None)

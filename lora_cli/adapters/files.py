@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.injection import Target, adapters_of, base_name, linear_modules, outermost
-from lora_cli.adapters.layer import LoRALinear, scaling_of
+from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, trained_parameters
+from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, scaling_of
 from lora_cli.adapters.patterns import shortest_list
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.recipe import LoraSection
@@ -34,11 +34,17 @@ TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 @dataclass(frozen=True)
 class LowRank:
-    """One module's update: A (R, I), B (O, R), and the scale of B A."""
+    """One module's update: A (R, I), B (O, R), the scale of B A, and DoRA's magnitudes (O,) where it has them."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        return found if self.magnitude is None else found | {MAGNITUDE: self.magnitude}
 
 
 @dataclass
@@ -60,25 +66,30 @@ class Adapter:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter on the CPU, under the name the base model gives it.
+    """What was trained, on the CPU, under the names the base model gives it.
 
-    Adapters appear as ``<module>.lora_A`` and ``<module>.lora_B``.
+    Adapters appear as ``<module>.lora_A`` and so on, with all that their update is.
     """
-    return {
-        base_name(name): parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    tensors: dict[str, Tensor] = {}
+    layers = adapters_of(model)
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.trained().items()}
+    tensors |= {name: p for name, p in trained_parameters(model).items() if name.rpartition(".")[0] not in layers}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put ``trained_tensors`` back, bit for bit. The names must be those of the model."""
-    parameters = {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     if parameters.keys() != tensors.keys():
         raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(parameters, tensors))}")
+    layers = adapters_of(model)
+    for name, layer in layers.items():
+        layer.load({part: tensors[f"{name}.{part}"] for part in layer.trained()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            if name.rpartition(".")[0] not in layers:
+                parameter.copy_(tensors[name])
 
 
 def _differences(expected: Any, found: Any) -> list[str]:
@@ -114,13 +125,15 @@ def peft_config(
 ) -> dict[str, Any]:
     """The ``adapter_config.json`` of a model with adapters: PEFT's keys, and only those that say something."""
     layers = adapters_of(model)
+    alphas = {name: _alpha(layer, lora.use_rslora) for name, layer in layers.items()}
+    r, alpha = _usual([layer.file_rank for layer in layers.values()]), _usual(list(alphas.values()))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[task],
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": lora.r,
-        "lora_alpha": _plain(lora.lora_alpha),
+        "r": r,
+        "lora_alpha": alpha,
         "lora_dropout": lora.lora_dropout,
         "target_modules": _target_list(model, layers, saved),
         "bias": "none",
@@ -129,8 +142,9 @@ def peft_config(
     optional = {
         "use_rslora": lora.use_rslora,
         "modules_to_save": outermost(saved),
-        "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != lora.r},
-        "alpha_pattern": _alpha_pattern(layers, lora),
+        "use_dora": lora.use_dora,
+        "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
     }
     return config | {key: value for key, value in optional.items() if value}
@@ -142,18 +156,15 @@ def _target_list(model: PreTrainedModel, layers: dict[str, LoRALinear], saved: l
     return shortest_list(set(layers), {*others, *head})
 
 
-def _alpha_pattern(layers: dict[str, LoRALinear], lora: LoraSection) -> dict[str, float]:
-    """The alphas that differ, by whole module names, since PEFT's patterns are regular expressions."""
-    alphas = {name: _alpha(layer, lora.use_rslora) for name, layer in layers.items()}
-    return {name: _plain(alpha) for name, alpha in alphas.items() if abs(alpha - lora.lora_alpha) > 1e-9 * alpha}
+def _usual(values: list[Any]) -> Any:
+    """The most frequent one, the first of them where several are: the others stand in a pattern."""
+    return max(values, key=values.count)
 
 
-def _alpha(layer: LoRALinear, use_rslora: bool) -> float:
-    return layer.scaling / scaling_of(1.0, layer.r, use_rslora)
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+def _alpha(layer: LoRALinear, use_rslora: bool) -> float | int:
+    """The alpha that gives this scale at the rank of the file, without the noise of the last bits."""
+    alpha = float(f"{layer.scaling / scaling_of(1.0, layer.file_rank, use_rslora):.12g}")
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -199,7 +210,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 # Variants of PEFT whose tensors mean something else than W + s B A on the base as it is, and tasks without a base here.
 _REFUSED = {
-    "use_dora": lambda value: bool(value),
     "lora_bias": lambda value: bool(value),
     "bias": lambda value: value not in (None, "none"),
     "target_parameters": lambda value: bool(value),
@@ -220,7 +230,7 @@ _REFUSED = {
 _KNOWN = {
     *_REFUSED,
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "ensure_weight_tying", "runtime_config", "_custom_modules"),
@@ -257,26 +267,31 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if kind in ("lora_A", "lora_B"):
+        if kind in (*FACTORS, MAGNITUDE):
             pairs.setdefault(module, {})[kind] = tensor
         elif "lora_" in kind or "lora_" in module.rpartition(".")[2]:
-            raise UsageError(f"{folder / WEIGHTS} holds {name}: only lora_A and lora_B of linear layers are supported")
+            raise UsageError(f"{folder / WEIGHTS} holds {name}: only LoRA and DoRA of linear layers are supported")
         else:
             adapter.saved[name] = tensor
     for module, pair in pairs.items():
         if not _is_pair(pair):
-            raise StorageError(f"{folder / WEIGHTS}: A and B of {module} do not fit together")
-        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], _scaling(config, module, pair["lora_A"]))
+            raise StorageError(f"{folder / WEIGHTS}: the tensors of {module} do not fit together")
+        if bool(config.get("use_dora")) != (MAGNITUDE in pair):
+            raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
+        scaling = _scaling(config, module, pair["lora_A"])
+        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE))
     if not adapter.updates and not adapter.saved:
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")
     return adapter
 
 
 def _is_pair(pair: dict[str, Tensor]) -> bool:
-    """A (R, I) and B (O, R)."""
-    if pair.keys() != {"lora_A", "lora_B"} or any(tensor.ndim != 2 for tensor in pair.values()):
+    """A (R, I), B (O, R), and magnitudes (O,) or none."""
+    if not pair.keys() >= set(FACTORS) or any(pair[part].ndim != 2 for part in FACTORS):
         return False
-    return pair["lora_A"].shape[0] == pair["lora_B"].shape[1]
+    magnitude = pair.get(MAGNITUDE)
+    fits = magnitude is None or magnitude.shape == pair["lora_B"].shape[:1]
+    return fits and pair["lora_A"].shape[0] == pair["lora_B"].shape[1]
 
 
 def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
@@ -299,8 +314,8 @@ def targets_of(adapter: Adapter) -> list[Target]:
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter as ``trained_tensors`` gives it."""
-    pairs = {f"{name}.{kind}": getattr(u, kind) for name, u in adapter.updates.items() for kind in ("lora_A", "lora_B")}
-    return pairs | adapter.saved
+    parts = {f"{name}.{kind}": tensor for name, u in adapter.updates.items() for kind, tensor in u.tensors.items()}
+    return parts | adapter.saved
 
 
 def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed: set[str]) -> list[str]:

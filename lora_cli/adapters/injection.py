@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from lora_cli.adapters.layer import LINEAR_TYPES, LoRALinear, features, scaling_of
+from lora_cli.adapters.initialisation import kind_of
+from lora_cli.adapters.layer import LINEAR_TYPES, PLAIN, LoRALinear, Parametrisation, features, scaling_of
 from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import LoraSection
@@ -215,13 +216,18 @@ def tied_partner(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def attach(model: nn.Module, targets: list[Target], dropout: float = 0.0) -> dict[str, LoRALinear]:
+def parametrisation(lora: LoraSection) -> Parametrisation:
+    """What a recipe makes of each adapter, beside its rank and scale."""
+    return Parametrisation(lora.lora_dropout, lora.use_dora, kind_of(lora.init_lora_weights).has_start)
+
+
+def attach(model: nn.Module, targets: list[Target], form: Parametrisation = PLAIN) -> dict[str, LoRALinear]:
     """Put an adapter on every target, in place. The adapters' A still hold no values."""
     layers = {}
     for target in targets:
         parent_name, _, child = target.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        layer = LoRALinear(getattr(parent, child), target.r, target.scaling, dropout)
+        layer = LoRALinear(getattr(parent, child), target.r, target.scaling, form)
         setattr(parent, child, layer)
         layers[target.name] = layer
     return layers
@@ -232,8 +238,8 @@ def freeze_base(model: nn.Module, saved: list[str]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapters_of(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(True)
     for name in outermost(saved):  # a module inside another one must not cast its outputs back
         train_in_full(model.get_submodule(name))
 
@@ -274,6 +280,11 @@ def _cast(value, dtype: torch.dtype):  # type: ignore[no-untyped-def]
 def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
     """Every adapted module of a model, by the name it has in the base."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trained parameter, by the name the base model gives it."""
+    return {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def base_name(name: str) -> str:

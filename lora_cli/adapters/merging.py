@@ -125,7 +125,8 @@ class _Shard:
         update = self.adapter.updates.get(module) if name.endswith(".weight") else None
         if update is None:
             return tensor
-        return fold(tensor, update.lora_A, update.lora_B, update.scaling, module in self.transposed)
+        transposed = module in self.transposed
+        return fold(tensor, update.lora_A, update.lora_B, update.scaling, transposed, update.magnitude)
 
 
 def _stored_as(entry: Entry, dtype: torch.dtype | None) -> str:

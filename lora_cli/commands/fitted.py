@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
 from lora_cli.adapters.injection import attach, freeze_base, tied_partner
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -103,5 +104,6 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
 
 def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
-    attach(model, targets_of(fitted.adapter))
+    use_dora = any(update.magnitude is not None for update in fitted.adapter.updates.values())
+    attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=use_dora))
     freeze_base(model, fitted.saved)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
+
+from pydantic import BaseModel
 
 from lora_cli.commands.plan import Plan
 from lora_cli.errors import KeyPath, Mistake, RecipeError
@@ -39,11 +42,16 @@ def identity(plan: Plan, base_fingerprint: str) -> dict[str, Any]:
 
 
 def fixed_keys(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in recipe.model_dump(mode="json").items():
-        entries = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= {key: entry for key, entry in entries.items() if key not in FREE_KEYS}
-    return flat
+    return {key: value for key, value in _flat(recipe, "") if key not in FREE_KEYS}
+
+
+def _flat(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 _PLACES: dict[str, KeyPath] = {

@@ -12,9 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.files import load_trained
-from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of
 from lora_cli.commands.autosize import Choice, agreed, is_auto, planned, prove
+from lora_cli.commands.beginning import Ranks, begin, ranks_of
 from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.memory import MemoryPlanner
@@ -119,7 +118,8 @@ def train(
             else []
         )
         with world.together(), memory_errors(LOADING_CURE):
-            model = build_model(plan, standing.base, remote_code=remote_code, world=world)
+            ranks = world.tell(ranks_of(standing.checkpoint, plan))
+            model = build_model(plan, standing.base, ranks, remote_code=remote_code, world=world)
         with memory_errors(LOADING_CURE):
             network = choose_network(model, plan, world)
             with world.together():
@@ -249,8 +249,13 @@ def is_sharded(plan: Plan, world: World) -> bool:
     return plan.recipe.training.strategy == "fsdp" and world.size > 1
 
 
-def build_model(plan: Plan, base: Path, *, remote_code: bool = False, world: World = ALONE) -> PreTrainedModel:
-    """The base with its weights, adapters attached and initialised, on the device, ready to train."""
+def build_model(
+    plan: Plan, base: Path, ranks: Ranks | None = None, *, remote_code: bool = False, world: World = ALONE
+) -> PreTrainedModel:
+    """The base with its weights, adapters attached and initialised, on the device, ready to train.
+
+    ``ranks`` are those of a checkpoint to go on from.
+    """
     recipe = plan.recipe
     torch.manual_seed(stream_seed(recipe.training.seed, "head"))  # transformers draws what the files do not hold
     model, missing = load_model(
@@ -263,10 +268,13 @@ def build_model(plan: Plan, base: Path, *, remote_code: bool = False, world: Wor
     )
     _check_missing(missing, plan, base)
     prepare(model, recipe)
-    initialise(adapters_of(model), recipe.lora.init_lora_weights, recipe.training.seed)
-    if is_sharded(plan, world):
+    sharded = is_sharded(plan, world)
+    if not sharded:
+        model.to(plan.device)
+    begin(model, plan, ranks, world)
+    if sharded:
         shard_layers(model, plan.device)
-    model.to(plan.device)
+        model.to(plan.device)
     if recipe.training.gradient_checkpointing:
         checkpoint_activations(model, recipe.training.gradient_checkpointing)
     return model

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_cli.adapters.injection import Target, attach, find_saved, find_targets, freeze_base, outermost
+from lora_cli.adapters.injection import (
+    Target,
+    attach,
+    find_saved,
+    find_targets,
+    freeze_base,
+    outermost,
+    parametrisation,
+)
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import repeated_layers
@@ -60,7 +68,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
     saved = find_saved(model, recipe.lora.modules_to_save)
     saved = outermost([*head_modules(model, recipe.task), *saved])
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
-    attach(model, targets, recipe.lora.lora_dropout)
+    attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
     return targets, saved
 

@@ -1,6 +1,6 @@
 """A gated activation and the projection behind it: the second half of SwiGLU and its kin.
 
-    y = W h + b + s B A h    with    h = act(gate) * up          arXiv:2002.05202, eq. 6
+    y = g (W h + s B A h) + b    with    h = act(gate) * up      arXiv:2002.05202, eq. 6
 
 One autograd node that saves gate and up, and makes h again in the backward pass: the widest activations of a
 transformer are then kept twice instead of four times.
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_cli.ops.kernels import kernel
-from lora_cli.ops.low_rank import Projection
+from lora_cli.ops.low_rank import Projection, Unpack, dense, project, through_gain
 
 Activation = Callable[[Tensor], Tensor]
 Derivative = Callable[[Tensor, Tensor], Tensor]
@@ -43,17 +43,8 @@ ACTIVATIONS: dict[str, tuple[Activation, Derivative]] = {
 
 def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection, *, compile: bool = False) -> Tensor:
     """(..., O) from gate and up (..., I)."""
-    y_NO = _GatedLowRank.apply(
-        gate.reshape(-1, gate.shape[-1]),
-        up.reshape(-1, up.shape[-1]),
-        activation,
-        down.scaling,
-        down.weight,
-        down.bias,
-        down.lora_A,
-        down.lora_B,
-        compile,
-    )
+    gate_NI, up_NI = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    y_NO = _GatedLowRank.apply(gate_NI, up_NI, activation, down.scaling, down.unpack, compile, *down.tensors)
     return y_NO.reshape(*gate.shape[:-1], y_NO.shape[-1])
 
 
@@ -77,30 +68,35 @@ class _GatedLowRank(torch.autograd.Function):
         up_NI: Tensor,
         activation: str,
         scaling: float,
-        weight_OI: Tensor,
+        unpack: Unpack | None,
+        compile: bool,
+        weight: Tensor,
         bias_O: Tensor | None,
         a_RI: Tensor | None,
         b_OR: Tensor | None,
-        compile: bool,
+        gain_O: Tensor | None,
     ) -> Tensor:
         h_NI = kernel(_inner, compile)(gate_NI, up_NI, ACTIVATIONS[activation][0])
-        y_NO = F.linear(h_NI, weight_OI, bias_O)
         z_NR = cast_A = scaled_B = None
         if a_RI is not None and b_OR is not None:
             cast_A, scaled_B = a_RI.to(h_NI.dtype), (b_OR * scaling).to(h_NI.dtype)
             z_NR = h_NI @ cast_A.T
-            y_NO.addmm_(z_NR, scaled_B.T)
-        ctx.activation, ctx.scaling, ctx.compile = activation, scaling, compile
+        y_NO = project(h_NI, dense(weight, unpack, h_NI.dtype), bias_O, z_NR, scaled_B, gain_O)
+        ctx.activation, ctx.scaling, ctx.unpack, ctx.compile = activation, scaling, unpack, compile
         ctx.dtype = None if b_OR is None else b_OR.dtype
-        ctx.save_for_backward(gate_NI, up_NI, weight_OI, z_NR, cast_A, scaled_B)
+        for_gain = (None, None, None) if gain_O is None else (y_NO, bias_O, gain_O)
+        ctx.save_for_backward(gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, *for_gain)
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Any, ...]:
-        gate_NI, up_NI, weight_OI, z_NR, cast_A, scaled_B = ctx.saved_tensors
+        gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, y_NO, bias_O, gain_O = ctx.saved_tensors
         act, derivative = ACTIVATIONS[ctx.activation]
-        dh_NI, da_RI, db_OR = dy_NO @ weight_OI, None, None
+        da_RI = db_OR = dgain_O = None
+        if gain_O is not None:
+            dy_NO, dgain_O = through_gain(dy_NO, y_NO, bias_O, gain_O)
+        dh_NI = dy_NO @ dense(weight, ctx.unpack, dy_NO.dtype)
         if scaled_B is not None:
             g_NR = dy_NO @ scaled_B
             dh_NI.addmm_(g_NR, cast_A)
@@ -108,4 +104,4 @@ class _GatedLowRank(torch.autograd.Function):
         h_NI, dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
         if scaled_B is not None:
             da_RI = (g_NR.T @ h_NI).to(ctx.dtype)
-        return dgate_NI, dup_NI, None, None, None, None, da_RI, db_OR, None
+        return dgate_NI, dup_NI, None, None, None, None, None, None, da_RI, db_OR, dgain_O

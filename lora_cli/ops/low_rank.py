@@ -1,17 +1,17 @@
 """Frozen linear layers with low-rank updates, several of one input at a time.
 
-    y_i = W_i x + b_i + s_i B_i A_i x          arXiv:2106.09685, eq. 3
+    y_i = g_i (W_i x + s_i B_i A_i x) + b_i        arXiv:2106.09685, eq. 3; with a gain g arXiv:2402.09353, eq. 5
 
-One autograd node for all of them. What it saves for the backward pass is x, the R-sized A x, and the small
-matrices; the frozen weights get no gradient work, the A's are stacked into one product, and every sum is
-accumulated inside a matrix product.
+One autograd node for all of them. What it saves for the backward pass is x, the R-sized A x, the small matrices,
+and the outputs of those that have a gain; the frozen weights get no gradient work, the A's are stacked into one
+product, and every sum is accumulated inside a matrix product.
 
 Shape suffixes: N tokens, I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Unpack = Callable[[Tensor, torch.dtype], Tensor]
+
 
 @dataclass(frozen=True)
 class Projection:
     """One frozen linear layer and, unless it is left as it is, its update."""
 
-    weight: Tensor  # (O, I), frozen
+    weight: Tensor  # (O, I), frozen; or what ``unpack`` makes it of
     bias: Tensor | None = None  # (O,), frozen
     lora_A: Tensor | None = None  # (R, I)
     lora_B: Tensor | None = None  # (O, R)
     scaling: float = 1.0
+    gain: Tensor | None = None  # (O,) in the wide type: what DoRA multiplies each output feature with
+    unpack: Unpack | None = None  # (packed weight, dtype) -> (O, I): of a quantized one, made anew for each product
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.lora_A, self.lora_B, self.gain
+
+
+TENSORS = 5  # of a projection
 
 
 def low_rank_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
@@ -37,75 +48,131 @@ def low_rank_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tenso
 
     A's and B's of another dtype are rounded to x's for the products; their gradients come back in their own.
     """
-    tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_A, p.lora_B)]
-    outputs = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), [p.scaling for p in projections], *tensors)
+    fixed = [(p.scaling, p.unpack) for p in projections]
+    outputs = _LowRankLinear.apply(
+        x.reshape(-1, x.shape[-1]), fixed, *(tensor for p in projections for tensor in p.tensors)
+    )
     return tuple(y_NO.reshape(*x.shape[:-1], y_NO.shape[-1]) for y_NO in outputs)
+
+
+def dense(weight: Tensor, unpack: Unpack | None, dtype: torch.dtype) -> Tensor:
+    """(O, I) in the dtype of the product it is wanted for."""
+    return weight if unpack is None else unpack(weight, dtype)
+
+
+def project(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    z_NR: Tensor | None,
+    b_OR: Tensor | None,
+    gain_O: Tensor | None,
+) -> Tensor:
+    """(N, O): g (x W^T + z B^T) + b, accumulated inside the products; B is scaled already."""
+    y_NO = F.linear(x_NI, weight_OI, bias_O if gain_O is None else None)
+    if z_NR is not None and b_OR is not None:
+        y_NO.addmm_(z_NR, b_OR.T)
+    if gain_O is not None:
+        y_NO.mul_(gain_O)
+        if bias_O is not None:
+            y_NO.add_(bias_O)
+    return y_NO
+
+
+def through_gain(dy_NO: Tensor, y_NO: Tensor, bias_O: Tensor | None, gain_O: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what the gain was multiplied with (N, O), and of the gain (O,).
+
+    The former output is (y - b) / g, so that nothing more needs to be saved; of a gain that is exactly 0 the gradient
+    counts as 0.
+    """
+    before_NO = y_NO if bias_O is None else y_NO - bias_O
+    along_O = (dy_NO * before_NO).sum(0, dtype=gain_O.dtype)
+    return (dy_NO * gain_O).to(dy_NO.dtype), torch.where(gain_O == 0, 0, along_O / gain_O)
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, scalings: list[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        groups = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-        adapted = [a_RI.to(x_NI.dtype) for _, _, a_RI, _ in groups if a_RI is not None]
+    def forward(ctx: Any, x_NI: Tensor, fixed: list[tuple[float, Unpack | None]], *tensors: Any) -> tuple[Tensor, ...]:
+        groups = [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
+        adapted = [a_RI.to(x_NI.dtype) for _, _, a_RI, _, _ in groups if a_RI is not None]
         stacked_A = torch.cat(adapted) if len(adapted) > 1 else adapted[0] if adapted else None
         z_NR = x_NI @ stacked_A.T if stacked_A is not None else None
         outputs, scaled_Bs, start = [], [], 0
-        for (weight_OI, bias_O, a_RI, b_OR), scaling in zip(groups, scalings, strict=True):
-            assert weight_OI is not None
-            y_NO = F.linear(x_NI, weight_OI, bias_O)
-            if a_RI is not None and b_OR is not None and z_NR is not None:
-                end = start + a_RI.shape[0]
-                scaled_Bs.append((b_OR * scaling).to(x_NI.dtype))
-                y_NO.addmm_(z_NR[:, start:end], scaled_Bs[-1].T)
-                start = end
-            outputs.append(y_NO)
-        ctx.scalings, ctx.ranks = scalings, [0 if a is None else a.shape[0] for _, _, a, _ in groups]
-        ctx.dtypes = [None if b is None else b.dtype for _, _, _, b in groups]
-        ctx.save_for_backward(x_NI, z_NR, stacked_A, *[group[0] for group in groups], *scaled_Bs)
+        for (weight, bias_O, a_RI, b_OR, gain_O), (scaling, unpack) in zip(groups, fixed, strict=True):
+            z = scaled_B = None
+            if a_RI is not None and z_NR is not None:
+                z = z_NR[:, start : start + a_RI.shape[0]]
+                scaled_B = (b_OR * scaling).to(x_NI.dtype)
+                start += a_RI.shape[0]
+            outputs.append(project(x_NI, dense(weight, unpack, x_NI.dtype), bias_O, z, scaled_B, gain_O))
+            scaled_Bs.append(scaled_B)
+        ctx.fixed, ctx.ranks = fixed, [0 if group[2] is None else group[2].shape[0] for group in groups]
+        ctx.dtypes = [None if group[3] is None else group[3].dtype for group in groups]
+        kept = [
+            (weight, scaled_B, *((y_NO, bias_O, gain_O) if gain_O is not None else (None, None, None)))
+            for (weight, bias_O, _, _, gain_O), scaled_B, y_NO in zip(groups, scaled_Bs, outputs, strict=True)
+        ]
+        ctx.save_for_backward(x_NI, z_NR, stacked_A, *(tensor for group in kept for tensor in group))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        x_NI, z_NR, stacked_A, *rest = ctx.saved_tensors
-        count = len(ctx.ranks)
-        weights, scaled_Bs = rest[:count], iter(rest[count:])
-        dx_NI = _input_gradient(gradients, weights) if ctx.needs_input_grad[0] else None
-        results: list[Any] = []
+        x_NI, z_NR, stacked_A, *kept = ctx.saved_tensors
+        groups = [kept[i : i + 5] for i in range(0, len(kept), 5)]
+        before_gain, results = _before_gain(gradients, groups)
+        dx_NI = _input_gradient(before_gain, groups, ctx.fixed) if ctx.needs_input_grad[0] else None
         g_parts, start = [], 0
-        for dy_NO, rank, scaling, dtype in zip(gradients, ctx.ranks, ctx.scalings, ctx.dtypes, strict=True):
+        for number, (dy_NO, (_, scaled_B, *_)) in enumerate(zip(before_gain, groups, strict=True)):
+            rank = ctx.ranks[number]
             if not rank:
-                results += [None] * 4
                 continue
-            b_OR, z = next(scaled_Bs), z_NR[:, start : start + rank]
+            z = z_NR[:, start : start + rank]
             start += rank
             if dy_NO is None:  # an output that nothing used
                 g_parts.append(z.new_zeros(z.shape))
-                results += [None] * 4
                 continue
-            g_parts.append(dy_NO @ b_OR)  # (N, R), scaled already
-            results += [None, None, None, (dy_NO.T @ z).to(dtype).mul_(scaling)]
+            g_parts.append(dy_NO @ scaled_B)  # (N, R), scaled already
+            results[number][3] = (dy_NO.T @ z).to(ctx.dtypes[number]).mul_(ctx.fixed[number][0])
         if g_parts:
             g_NR = torch.cat(g_parts, 1) if len(g_parts) > 1 else g_parts[0]
             _place_gradients_of_stack(results, g_NR.T @ x_NI, ctx)
             if dx_NI is not None:
                 dx_NI.addmm_(g_NR, stacked_A)
-        return (dx_NI, None, *results)
+        return (dx_NI, None, *(gradient for group in results for gradient in group))
 
 
-def _input_gradient(gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
+def _before_gain(
+    gradients: Sequence[Tensor | None], groups: Sequence[Sequence[Tensor | None]]
+) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    """What comes back through each projection's gain; and the gradients to return, with those of the gains in place."""
+    before, results = [], []
+    for dy_NO, (_, _, y_NO, bias_O, gain_O) in zip(gradients, groups, strict=True):
+        dgain_O = None
+        if dy_NO is not None and gain_O is not None and y_NO is not None:
+            dy_NO, dgain_O = through_gain(dy_NO, y_NO, bias_O, gain_O)
+        before.append(dy_NO)
+        results.append([None, None, None, None, dgain_O])
+    return before, results
+
+
+def _input_gradient(
+    gradients: Sequence[Tensor | None], groups: Sequence[Sequence[Any]], fixed: Sequence[tuple[float, Unpack | None]]
+) -> Tensor:
     """sum_i dy_i W_i, accumulated inside the products. (N, I)"""
-    pairs = [(dy_NO, weight_OI) for dy_NO, weight_OI in zip(gradients, weights, strict=True) if dy_NO is not None]
-    dx_NI = pairs[0][0] @ pairs[0][1]
-    for dy_NO, weight_OI in pairs[1:]:
-        dx_NI.addmm_(dy_NO, weight_OI)
+    dx_NI: Tensor | None = None
+    for dy_NO, (weight, *_), (_, unpack) in zip(gradients, groups, fixed, strict=True):
+        if dy_NO is not None:
+            weight_OI = dense(weight, unpack, dy_NO.dtype)
+            dx_NI = dy_NO @ weight_OI if dx_NI is None else dx_NI.addmm_(dy_NO, weight_OI)
+    assert dx_NI is not None
     return dx_NI
 
 
-def _place_gradients_of_stack(results: list[Any], stacked_RI: Tensor, ctx: Any) -> None:
-    """Cut the gradient of the stacked A's apart, into the third of each projection's four slots."""
+def _place_gradients_of_stack(results: list[list[Tensor | None]], stacked_RI: Tensor, ctx: Any) -> None:
+    """Cut the gradient of the stacked A's apart, each to its projection; there is none where B got none."""
     start = 0
-    for number, (rank, dtype) in enumerate(zip(ctx.ranks, ctx.dtypes, strict=True)):
-        if rank and results[4 * number + 3] is not None:
-            results[4 * number + 2] = stacked_RI[start : start + rank].to(dtype)
+    for result, rank, dtype in zip(results, ctx.ranks, ctx.dtypes, strict=True):
+        if result[3] is not None:
+            result[2] = stacked_RI[start : start + rank].to(dtype)
         start += rank

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _multiplying_in(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    library = torch.backends.mkldnn.matmul
+    library: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, library.fp32_precision = library.fp32_precision, "bf16"
     try:
         yield

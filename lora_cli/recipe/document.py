@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -27,11 +28,14 @@ def json_schema() -> dict[str, Any]:
 def key_table() -> str:
     """A Markdown table with one line a key."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in Recipe.model_fields.items():
-        rows.append(_row(name, field))
+    return "\n".join([*rows, *_rows(Recipe, "")])
+
+
+def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        yield _row(prefix + key, field)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            rows += [_row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
-    return "\n".join(rows)
+            yield from _rows(field.annotation, f"{prefix}{key}.")
 
 
 def _row(name: str, field: FieldInfo) -> str:

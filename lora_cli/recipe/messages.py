@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -41,7 +42,6 @@ FOREIGN_KEYS = {
     "quantization": "quantized bases are not supported yet",
     "loftq_config": "LoftQ is not supported yet (it quantizes the base itself, so it never goes with an "
     "already quantized model)",
-    "use_dora": "DoRA is not supported yet",
     "packing": "rows are never packed into one another",
     "resume_from_checkpoint": "the same command resumes by itself",
     "overwrite_output_dir": "to start over, type the flag --fresh",
@@ -64,11 +64,13 @@ def section_keys(path: KeyPath) -> list[str]:
 
 def all_keys() -> list[str]:
     """Every dotted key of a recipe."""
-    keys = []
-    for name in Recipe.model_fields:
-        inner = section_keys((name,))
-        keys += [name, *(f"{name}.{key}" for key in inner)]
-    return keys
+    return list(_keys_below(()))
+
+
+def _keys_below(path: KeyPath) -> Iterator[str]:
+    for key in section_keys(path):
+        yield ".".join(map(str, (*path, key)))
+        yield from _keys_below((*path, key))
 
 
 def mistakes_of(error: ValidationError, data: Any) -> list[Mistake]:

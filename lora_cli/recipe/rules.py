@@ -90,6 +90,21 @@ def _method_keys(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
+def _orthogonal_is_even(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.lora.init_lora_weights != "orthogonal":
+        return
+    odd = [(("lora", "rank_pattern", name), r) for name, r in recipe.lora.rank_pattern.items() if r % 2]
+    for path, r in [*([(("lora", "r"), recipe.lora.r)] if recipe.lora.r % 2 else []), *odd]:
+        yield Mistake(path, f"must be even for init_lora_weights: orthogonal, not {r}", f"use {r + 1}")
+
+
+def _config_of_its_kind(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    kinds = {"eva_config": "eva", "lora_ga_config": "lora_ga"}
+    for key, kind in kinds.items():
+        if recipe.lora.init_lora_weights != kind and was_changed(recipe.lora, "lora", key, source):
+            yield Mistake(("lora", key), f"belongs to init_lora_weights: {kind}", "remove it, or ask for that")
+
+
 def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     labelled = recipe.dataset.format == "labelled"
     if recipe.task == "sequence_classification" and not labelled and recipe.dataset.format != "auto":
@@ -210,6 +225,8 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _attention_is_no_code,
     _float32_for_full,
     _method_keys,
+    _orthogonal_is_even,
+    _config_of_its_kind,
     _task_format,
     _split_is_for_text,
     _evaluation_source,

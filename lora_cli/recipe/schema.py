@@ -107,6 +107,24 @@ class DatasetSection(Section):
     )
 
 
+class EvaSection(Section):
+    """How `init_lora_weights: eva` looks at the rows."""
+
+    rho: Annotated[float, Field(ge=1)] = Field(
+        2.0, description="a layer's rank at most, as a multiple of r; 1: all keep r"
+    )
+    tau: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.99, description="stop once every direction is this alike (cosine) from one row to the next"
+    )
+    rows: PositiveInt = Field(256, description="training rows to look at, at most")
+
+
+class LoraGaSection(Section):
+    """How `init_lora_weights: lora_ga` looks at the rows."""
+
+    rows: PositiveInt = Field(32, description="training rows to take the gradient of")
+
+
 class LoraSection(Section):
     """The adapter."""
 
@@ -127,9 +145,17 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
     modules_to_save: StringList = Field([], description="modules trained in full; a classifier head is added by itself")
-    init_lora_weights: Initialisation = Field(
-        True, description="true: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero"
+    use_dora: bool = Field(
+        False, description="DoRA: train the length of each row of the weight apart from its direction"
     )
+    init_lora_weights: Initialisation = Field(
+        True,
+        description="where A and B begin: true (A Kaiming-uniform, B zero), gaussian (A normal, B zero), orthogonal, "
+        "pissa or pissa_niter_N (the weight's largest singular directions; N: fast, with N iterations), olora (its QR "
+        "decomposition), eva (directions of the rows' activations), lora_ga (directions of their gradient)",
+    )
+    eva_config: EvaSection = Field(EvaSection(), description="of init_lora_weights: eva")
+    lora_ga_config: LoraGaSection = Field(LoraGaSection(), description="of init_lora_weights: lora_ga")
 
 
 class TrainingSection(Section):

@@ -6,6 +6,7 @@ the user reads after the key's name.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+Initialisations = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+PISSA_NITER = re.compile(r"pissa_niter_[1-9][0-9]?")
 Trackers = ("tensorboard", "wandb", "trackio")
 SPLIT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?[0-9]+%?)?:(?P<stop>-?[0-9]+%?)?\])?")
 
@@ -74,9 +77,12 @@ def split(value: Any) -> str:
 
 
 def initialisation(value: Any) -> bool | str:
-    if value is True or value == "gaussian":
+    if value is True or value in Initialisations or (isinstance(value, str) and PISSA_NITER.fullmatch(value)):
         return value
-    raise wrong(f"must be true or gaussian, not {_yaml(value)}")
+    close = difflib.get_close_matches(str(value), Initialisations, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    known = f"true, {', '.join(Initialisations)} or pissa_niter_N (N from 1 to 99)"
+    raise wrong(f"must be {known}, not {_yaml(value)}{hint}")
 
 
 def recomputation(value: Any) -> bool | str:
@@ -125,6 +131,9 @@ StringList = Annotated[list[str], *_type(string_list, _STRINGS)]
 Strings = Annotated[list[str], *_type(strings, _STRINGS)]
 TextOrTexts = Annotated[str | list[str], *_type(text_or_texts, _STRINGS)]
 Split = Annotated[str, *_type(split, {"type": "string"})]
-Initialisation = Annotated[bool | str, *_type(initialisation, {"enum": [True, "gaussian"]})]
+Initialisation = Annotated[
+    bool | str,
+    *_type(initialisation, {"anyOf": [{"enum": [True, *Initialisations]}, {"pattern": f"^{PISSA_NITER.pattern}$"}]}),
+]
 Recomputation = Annotated[bool | str, *_type(recomputation, {"enum": [False, True, "selective", "offload"]})]
 TrackerNames = Annotated[list[str], *_type(trackers, _STRINGS)]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, tensors_of, trained_tensors
+from lora_cli.adapters.injection import adapters_of
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import StorageError
 from lora_cli.storage import is_intact, new_folder, write_json
@@ -126,6 +127,10 @@ def restore(folder: Path, model: nn.Module, optimizer: FlatAdamW, world: World =
             optimizer.load(load_file(folder / "optimizer.safetensors"))
             states = load_file(folder / "rng.safetensors")
     optimizer.spread(world)
+    for layer in adapters_of(model).values():
+        for start in (layer.start_A, layer.start_B):
+            if isinstance(start, Tensor):
+                world.spread(start)
     mine = spread_rng(states, world)
     if mine:
         set_rng(mine)

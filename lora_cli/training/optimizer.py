@@ -11,16 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.injection import base_name
+from lora_cli.adapters.injection import trained_parameters
 from lora_cli.distributed import World
 from lora_cli.recipe import TrainingSection
 
 ALIGNMENT = 16  # float32 values: every parameter begins on a cache line of its own
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)

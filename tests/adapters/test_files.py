@@ -227,7 +227,6 @@ def test_a_pickled_adapter_is_refused_with_the_reason(saved):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("bias", "all"),
         ("bias", "lora_only"),
@@ -333,17 +332,17 @@ FULL = f"base_model.model.{Q}"
     ids=["no-a", "no-b", "rank", "vector", "convolution"],
 )
 def test_an_a_without_its_b_is_a_storage_error(saved, edit):
-    with pytest.raises(StorageError, match=f"A and B of {Q} do not fit together"):
+    with pytest.raises(StorageError, match=f"the tensors of {Q} do not fit together"):
         read_adapter(rewritten(saved(), edit))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["q.lora_magnitude_vector", "q.lora_magnitude_vector.weight", "q.lora_B.bias", "e.lora_embedding_A", "q.lora_diag"],
+    ["q.lora_magnitude_vector.weight", "q.lora_B.bias", "e.lora_embedding_A", "q.lora_diag"],
 )
 def test_tensors_of_other_variants_are_refused_by_name(saved, name):
     folder = rewritten(saved(), lambda tensors: tensors.update({f"base_model.model.{name}": torch.ones(3)}))
-    with pytest.raises(UsageError, match="only lora_A and lora_B of linear layers are supported"):
+    with pytest.raises(UsageError, match="only LoRA and DoRA of linear layers are supported"):
         read_adapter(folder)
 
 

@@ -20,8 +20,12 @@ R, IN = 64, 512  # 32,768 values: moments are known to about 1 %
 KINDS = [True, "gaussian"]
 
 
+def square_layer() -> LoRALinear:
+    return LoRALinear(nn.Linear(IN, IN), R, 1.0)
+
+
 def drawn(kind: bool | str, seed: int = 0) -> Tensor:
-    return INITIALISATIONS[kind](torch.Size((R, IN)), stream(seed, "init", "x"))
+    return INITIALISATIONS[str(kind).lower()].begin(square_layer(), stream(seed, "init", "x"))[0]
 
 
 def by_peft(kind: bool | str) -> Tensor:
@@ -71,7 +75,7 @@ def layers(targets: list[str], *, kind: bool | str = True, seed: int = 42) -> di
     with torch.no_grad():
         for layer in found.values():
             layer.lora_B.fill_(9.0)
-    initialise(found, kind, seed)
+    initialise(found, LoraSection(init_lora_weights=kind), seed)
     return found
 
 
@@ -107,15 +111,15 @@ def test_initialising_draws_nothing_from_the_global_stream():
     torch.manual_seed(1)
     found = {"a": LoRALinear(nn.Linear(4, 4, device="meta"), 2, 1.0)}
     found["a"].to_empty(device="cpu")
-    initialise(found, True, seed=0)
+    initialise(found, LoraSection(), seed=0)
     assert torch.equal(torch.rand(1), expected)
 
 
 @pytest.mark.parametrize("draw", [kaiming_uniform, gaussian])
 def test_values_depend_on_the_generator_alone(draw):
-    shape = torch.Size((2, 5))
-    assert torch.equal(draw(shape, stream(7)), draw(shape, stream(7)))
-    assert not torch.equal(draw(shape, stream(7)), draw(shape, stream(8)))
+    layer = square_layer()
+    assert torch.equal(draw(layer, stream(7))[0], draw(layer, stream(7))[0])
+    assert not torch.equal(draw(layer, stream(7))[0], draw(layer, stream(8))[0])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
@@ -128,7 +132,7 @@ def test_the_adapted_model_begins_as_the_base_bit_for_bit(kind, dtype):
         before = model(input_ids=ids).logits
         saved = [] if task == "causal_lm" else ["classifier"]
         attach(model, find_targets(model, LoraSection(r=4), saved))
-        initialise(adapters_of(model), True, seed=0)
+        initialise(adapters_of(model), LoraSection(), seed=0)
         assert torch.equal(model(input_ids=ids).logits, before)
         for layer in adapters_of(model).values():
             layer.lora_B.fill_(0.1)

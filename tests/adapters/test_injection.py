@@ -20,6 +20,7 @@ from lora_cli.adapters.injection import (
     tied_partner,
     train_in_full,
 )
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.patterns import ending
 from lora_cli.errors import RecipeError
 from lora_cli.models import empty_model
@@ -328,7 +329,7 @@ def test_attach_keeps_the_base_weights_and_the_names():
     model = tiny_model("llama")
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = targets(model, target_modules=["q_proj", "up_proj"])
-    layers = attach(model, found, dropout=0.25)
+    layers = attach(model, found, Parametrisation(dropout=0.25))
     assert list(layers) == [t.name for t in found] == list(adapters_of(model))
     assert {layer.dropout.p for layer in layers.values()} == {0.25}
     after = {base_name(name): p for name, p in model.named_parameters() if "lora_" not in name}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.layer import LoRALinear, features, fold, scaling_of
+from lora_cli.adapters.layer import LoRALinear, Parametrisation, features, fold, scaling_of
 
 IN, OUT, R = 12, 7, 3
 KINDS = ["linear", "conv1d"]
@@ -25,7 +25,7 @@ def base_of(kind: str, dtype: torch.dtype = torch.float32) -> nn.Linear | Conv1D
 
 def layer_of(kind: str, *, scaling: float = 0.7, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
     """A layer whose A and B both hold values."""
-    layer = LoRALinear(base_of(kind, dtype), R, scaling, dropout)
+    layer = LoRALinear(base_of(kind, dtype), R, scaling, Parametrisation(dropout))
     layer.base.requires_grad_(False)
     with torch.no_grad():
         layer.lora_A.normal_()

@@ -58,12 +58,19 @@ def ours(kind: str, variant: str) -> dict:
             "lora_dropout": 0.1,
         },
         "modules_to_save": {"modules_to_save": [save], "target_modules": [first]},
+        "dora": {"use_dora": True},
+        "dora rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {first: 2}},
+        "orthogonal": {"init_lora_weights": "orthogonal"},
+        "pissa": {"init_lora_weights": "pissa"},
+        "pissa_niter": {"init_lora_weights": "pissa_niter_4", "rank_pattern": {first: 2}},
+        "olora": {"init_lora_weights": "olora", "use_rslora": True},
+        "dora pissa": {"init_lora_weights": "pissa", "use_dora": True},
     }[variant]
 
 
 VARIANTS = [
     "plain", "some", "one", "dotted", "layer", "exclude", "rslora", "rank_pattern", "alpha_pattern", "patterns",
-    "modules_to_save",
+    "modules_to_save", "dora", "dora rslora", "orthogonal", "pissa", "pissa_niter", "olora", "dora pissa",
 ]  # fmt: skip
 
 
@@ -81,7 +88,9 @@ def test_peft_loads_what_we_save_and_gives_the_same_logits(kind, variant, tmp_pa
         for name, module in loaded.named_modules()
         if "default" in getattr(module, "lora_A", {})
     }
-    assert found == {name: (layer.r, pytest.approx(layer.scaling)) for name, layer in adapters_of(model).items()}
+    assert found == {
+        name: (layer.file_rank, pytest.approx(layer.scaling)) for name, layer in adapters_of(model).items()
+    }
 
 
 def theirs(kind: str, variant: str) -> dict:
@@ -96,6 +105,8 @@ def theirs(kind: str, variant: str) -> dict:
         "patterns": {"use_rslora": True, "rank_pattern": {f"^{one}": 8}, "alpha_pattern": {"1.*": 7}},
         "modules_to_save": {"modules_to_save": [save], "target_modules": [first]},
         "gaussian": {"init_lora_weights": "gaussian"},
+        "dora": {"use_dora": True},
+        "dora rslora": {"use_dora": True, "use_rslora": True},
         "exclude": {"exclude_modules": [first]},
     }[variant]
     return settings | ({"fan_in_fan_out": True} if kind == "gpt2" else {})
@@ -103,7 +114,7 @@ def theirs(kind: str, variant: str) -> dict:
 
 THEIR_VARIANTS = [
     "plain", "some", "expression", "rslora", "rank_pattern", "alpha_pattern", "patterns", "modules_to_save",
-    "gaussian", "exclude",
+    "gaussian", "exclude", "dora", "dora rslora",
 ]  # fmt: skip
 
 
@@ -177,17 +188,11 @@ def test_an_adapter_over_a_bfloat16_base_is_float32_and_peft_reads_it(tmp_path, 
     assert distance(logits(loaded_by_peft(base, tmp_path / "adapter", "causal_lm").float()), expected) < SAME
 
 
-def test_a_dora_adapter_of_peft_is_refused_by_name(tmp_path, model_folder):
-    peft_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm", use_dora=True)
-    with pytest.raises(UsageError, match=r"uses what is not supported yet: use_dora: True"):
-        loaded_by_us(tmp_path / "adapter")
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft")
 def test_an_embedding_adapter_of_peft_is_refused_by_name(tmp_path, model_folder):
     base = model_folder("llama", tie_word_embeddings=False)
     peft_adapter(base, tmp_path / "adapter", "causal_lm", target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UsageError, match=r"lora_embedding_A.*only lora_A and lora_B of linear layers are supported"):
+    with pytest.raises(UsageError, match=r"lora_embedding_A.*only LoRA and DoRA of linear layers are supported"):
         loaded_by_us(tmp_path / "adapter")
 
 

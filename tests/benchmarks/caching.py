@@ -52,7 +52,7 @@ def adapted() -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(CONFIG["model_type"], **settings))
     attach(model, find_targets(model, LoraSection(r=16, layers_to_transform=TOP), []))
     freeze_base(model, [])
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     return model.train()
 
 

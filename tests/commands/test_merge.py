@@ -490,7 +490,7 @@ def test_a_wrong_scale_fails_the_verification_with_code_5_and_leaves_no_folder(
     stored, factor, tmp_path, adapter, lora, monkeypatch
 ):
     fold = merging.fold
-    monkeypatch.setattr(merging, "fold", lambda w, a, b, scaling, t: fold(w, a, b, factor * scaling, t))
+    monkeypatch.setattr(merging, "fold", lambda w, a, b, scaling, *more: fold(w, a, b, factor * scaling, *more))
     result = lora("merge", adapter, "-o", tmp_path / "merged", "--dtype", stored, "--json")
     told = refused(result, 5, tmp_path / "merged")
     assert "the merged model is not the trained one: mean KL" in told

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import RecipeError
@@ -63,9 +64,9 @@ def adapted(
     full = [*head_modules(model, task), *find_saved(model, list(saved))]
     if layers != ():
         section = LoraSection(r=3, lora_alpha=5, layers_to_transform=None if layers is None else list(layers))
-        attach(model, find_targets(model, section, full), lora_dropout)
+        attach(model, find_targets(model, section, full), Parametrisation(lora_dropout))
     freeze_base(model, full)
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     for layer in adapters_of(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     return model.train()

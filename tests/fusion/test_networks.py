@@ -109,7 +109,7 @@ def adapted(kind: str, task: str, values: dict[str, Any], dtype: torch.dtype = t
     saved = head_modules(model, task)
     attach(model, find_targets(model, LoraSection(r=3, lora_alpha=5), saved))
     freeze_base(model, saved)
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     for layer in adapters_of(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     return model.train()
@@ -270,7 +270,7 @@ def test_modules_trained_in_full_get_their_gradient(trained: str, dtype: torch.d
         saved = [name for name, _ in model.named_modules() if name.endswith(trained)]
         attach(model, find_targets(model, LoraSection(r=2, target_modules=["q_proj", "v_proj"]), saved))
         freeze_base(model, saved)
-        initialise(adapters_of(model), True, 0)
+        initialise(adapters_of(model), LoraSection(), 0)
         return model.train()
 
     rows = rows_of("causal_lm")

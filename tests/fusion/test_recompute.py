@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.data.batches import collate
 from lora_cli.fusion import recompute
 from lora_cli.fusion.layers import repeated_layers
@@ -34,9 +35,9 @@ def adapted(kind: str = "llama", dropout: float = 0.0, layers: list[int] | None 
     depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[kind]
     model = tiny_model(kind, **{depth: LAYERS} | changes)
     section = LoraSection(r=3, lora_dropout=dropout, layers_to_transform=layers)
-    attach(model, find_targets(model, section, []), dropout)
+    attach(model, find_targets(model, section, []), Parametrisation(dropout))
     freeze_base(model, [])
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     for layer in adapters_of(model).values():
         nn.init.normal_(layer.lora_B, std=0.1)
     return model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 from lora_cli.recipe.document import json_schema, key_table
 from lora_cli.recipe.messages import all_keys
@@ -49,15 +50,17 @@ def test_the_json_schema_knows_every_key_and_no_other():
     schema = json_schema()
     assert schema["additionalProperties"] is False
     assert sorted(schema["required"]) == ["dataset", "model", "output_dir"]
-    keys = []
-    for name, value in schema["properties"].items():
-        keys.append(name)
-        reference = next((part["$ref"] for part in [value, *value.get("anyOf", [])] if "$ref" in part), None)
-        if reference:
-            section = schema["$defs"][reference.rsplit("/", 1)[-1]]
-            assert section["additionalProperties"] is False
-            keys += [f"{name}.{key}" for key in section["properties"]]
-    assert keys == all_keys()
+
+    def keys_of(section: dict, prefix: str) -> Iterator[str]:
+        for name, value in section["properties"].items():
+            yield prefix + name
+            reference = next((part["$ref"] for part in [value, *value.get("anyOf", [])] if "$ref" in part), None)
+            if reference:
+                inner = schema["$defs"][reference.rsplit("/", 1)[-1]]
+                assert inner["additionalProperties"] is False
+                yield from keys_of(inner, f"{prefix}{name}.")
+
+    assert list(keys_of(schema, "")) == all_keys()
 
 
 def test_the_json_schema_takes_the_shorthands():

@@ -18,6 +18,34 @@ METRIC = "training.metric_for_best_model"
 
 # (rule, arguments that break it, the key it names, the message, arguments that keep it)
 BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
+    (
+        "_orthogonal_is_even",
+        ["lora.init_lora_weights=orthogonal", "lora.r=5"],
+        "lora.r",
+        "must be even for init_lora_weights: orthogonal, not 5",
+        ["lora.init_lora_weights=orthogonal", "lora.r=6"],
+    ),
+    (
+        "_orthogonal_is_even",
+        ["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 3}"],
+        "lora.rank_pattern.q_proj",
+        "must be even for init_lora_weights: orthogonal, not 3",
+        ["lora.init_lora_weights=orthogonal", "lora.rank_pattern={q_proj: 2}"],
+    ),
+    (
+        "_config_of_its_kind",
+        ["lora.eva_config={rho: 1.0}"],
+        "lora.eva_config",
+        "belongs to init_lora_weights: eva",
+        ["lora.init_lora_weights=eva", "lora.eva_config={rho: 1.0}"],
+    ),
+    (
+        "_config_of_its_kind",
+        ["lora.init_lora_weights=eva", "lora.lora_ga_config={rows: 1}"],
+        "lora.lora_ga_config",
+        "belongs to init_lora_weights: lora_ga",
+        ["lora.init_lora_weights=lora_ga", "lora.lora_ga_config={rows: 1}"],
+    ),
     ("_one_model", ["model.path=null"], "model", "needs a path, or a config for a random model", []),
     ("_one_model", ["model.config={model_type: llama}"], "model", "has both a path and a config", RANDOM),
     ("_one_model", [*RANDOM, "model.config={}"], "model.config", "needs model_type, for example llama", RANDOM),

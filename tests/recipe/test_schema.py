@@ -13,7 +13,7 @@ from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe.messages import all_keys
 
 START = "model: m\ndataset: d.jsonl\noutput_dir: o\n"
-SECTIONS = {"model", "dataset", "lora", "training"}
+SECTIONS = {"model", "dataset", "lora", "lora.eva_config", "lora.lora_ga_config", "training"}
 WHOLE = "must be a whole number, not the text 'x'"
 ONE_OR_MORE = "must be 1 or more"
 POSITIVE = "must be more than 0"
@@ -72,7 +72,19 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "lora.rank_pattern": ("{q_proj: 4}", {"q_proj": 4}, "{q_proj: 0}", ONE_OR_MORE),
     "lora.alpha_pattern": ("{q_proj: 4.5}", {"q_proj": 4.5}, "{q_proj: 0}", POSITIVE),
     "lora.modules_to_save": ("[embed_tokens]", ["embed_tokens"], "3", TEXTS.format("3")),
-    "lora.init_lora_weights": ("gaussian", "gaussian", "loftq", "must be true or gaussian, not loftq"),
+    "lora.use_dora": ("true", True, "x", YES_NO),
+    "lora.init_lora_weights": (
+        "gaussian",
+        "gaussian",
+        "gausian",
+        "must be true, gaussian, orthogonal, pissa, olora, eva, lora_ga or pissa_niter_N (N from 1 to 99), not gausian",
+    ),
+    "lora.eva_config": ("{rows: 2}", {"rows": 2}, "3", "must be a section with keys, not 3"),
+    "lora.eva_config.rho": ("1", 1.0, "0.5", "must be 1 or more"),
+    "lora.eva_config.tau": ("0.5", 0.5, "1.5", "must be 1 or less"),
+    "lora.eva_config.rows": ("3", 3, "0", ONE_OR_MORE),
+    "lora.lora_ga_config": ("{rows: 2}", {"rows": 2}, "3", "must be a section with keys, not 3"),
+    "lora.lora_ga_config.rows": ("3", 3, "0", ONE_OR_MORE),
     "training": ("{seed: 1}", {"seed": 1}, "3", "must be a section with keys, not 3"),
     "training.learning_rate": ("1e-4", 1e-4, "0", POSITIVE),
     "training.weight_decay": ("0", 0.0, "-0.1", "must be 0 or more"),
@@ -120,6 +132,8 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
 }
 # Keys that only go together with others.
 COMPANIONS = {
+    **{f"lora.eva_config{key}": ["lora.init_lora_weights=eva"] for key in ("", ".rho", ".tau", ".rows")},
+    **{f"lora.lora_ga_config{key}": ["lora.init_lora_weights=lora_ga"] for key in ("", ".rows")},
     "model.config": ["model.path=null", "model.tokenizer=t"],
     "training.early_stopping_patience": ["dataset.eval_size=1"],
     "training.metric_for_best_model": ["dataset.eval_size=1"],
@@ -159,7 +173,12 @@ DEFAULTS: dict[str, Any] = {
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.modules_to_save": [],
+    "lora.use_dora": False,
     "lora.init_lora_weights": True,
+    "lora.eva_config.rho": 2.0,
+    "lora.eva_config.tau": 0.99,
+    "lora.eva_config.rows": 256,
+    "lora.lora_ga_config.rows": 32,
     "training.learning_rate": 2e-4,
     "training.weight_decay": 0.01,
     "training.gradient_accumulation_steps": 1,

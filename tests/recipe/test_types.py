@@ -34,6 +34,7 @@ TAKEN: list[tuple[Callable[[Any], Any], Any, Any]] = [
     (types.trackers, "wandb", ["wandb"]),
     (types.trackers, ["wandb", "trackio"], ["wandb", "trackio"]),
 ]
+INITIALISATION = "must be true, gaussian, orthogonal, pissa, olora, eva, lora_ga or pissa_niter_N (N from 1 to 99)"
 REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
     *(
         (types.recomputation, value, f"must be true, false, selective or offload, not {shown}")
@@ -73,9 +74,11 @@ REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
         (types.split, value, f"must be a split such as train, train[:1000] or train[10%:50%], not {shown}")
         for value, shown in [("", ""), ("train[", "train["), ("train[5]", "train[5]"), ("a+b", "a+b"), (3, "3")]
     ),
-    (types.initialisation, False, "must be true or gaussian, not false"),
-    (types.initialisation, 1, "must be true or gaussian, not 1"),
-    (types.initialisation, "pissa", "must be true or gaussian, not pissa"),
+    (types.initialisation, False, f"{INITIALISATION}, not false"),
+    (types.initialisation, 1, f"{INITIALISATION}, not 1"),
+    (types.initialisation, "pisa", f"{INITIALISATION}, not pisa; did you mean pissa?"),
+    (types.initialisation, "pissa_niter_0", f"{INITIALISATION}, not pissa_niter_0"),
+    (types.initialisation, ["zzz"], f"{INITIALISATION}, not ['zzz']"),
     (types.trackers, "tensorbord", "must be none, tensorboard, wandb, trackio, or a list of them, not tensorbord"),
     (
         types.trackers,

@@ -12,6 +12,7 @@ import torch
 from lora_cli.adapters.files import trained_tensors
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.errors import StorageError
 from lora_cli.recipe import LoraSection, TrainingSection
 from lora_cli.training import checkpoint
@@ -25,9 +26,9 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM"
 def adapted(seed: int) -> tuple[Any, FlatAdamW]:
     """A model and its optimizer after one step of random gradients."""
     model, lora = tiny_model("llama"), LoraSection(r=2, target_modules=["q_proj"])
-    attach(model, find_targets(model, lora, []), dropout=0.1)
+    attach(model, find_targets(model, lora, []), Parametrisation(dropout=0.1))
     freeze_base(model, [])
-    initialise(adapters_of(model), True, seed)
+    initialise(adapters_of(model), LoraSection(), seed)
     optimizer = FlatAdamW(model, TrainingSection())
     torch.manual_seed(seed)
     for parameter in model.parameters():

@@ -51,7 +51,7 @@ def adapted(kind: str = "llama", task: str = "causal_lm", dtype: torch.dtype = t
     lora, saved = LoraSection(r=4), ["score"] if task == "sequence_classification" else []
     attach(model, find_targets(model, lora, saved))
     freeze_base(model, saved)
-    initialise(adapters_of(model), True, seed=1)
+    initialise(adapters_of(model), LoraSection(), seed=1)
     torch.manual_seed(2)
     for layer in adapters_of(model).values():
         nn.init.normal_(layer.lora_B, std=0.05)

@@ -19,7 +19,7 @@ from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.proof import build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import LoraSection, Recipe
 from lora_cli.tasks import TASKS
 from lora_cli.training.rehearsal import LiveBytes, StepBytes, rehearse_evaluation, rehearse_step
 from tests.conftest import tiny_config, tiny_model
@@ -54,7 +54,7 @@ def real(kind: str, checkpointing: bool, attention: str) -> Network:
     if attention != "auto":
         model.set_attn_implementation(attention)
     prepare(model, recipe(kind))
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     model.train()
     if checkpointing:
         checkpoint_activations(model)

@@ -55,7 +55,7 @@ def adapted(model: Any, shape: Shape) -> Any:
     saved = head_modules(model, shape.task)
     attach(model, find_targets(model, lora, saved))
     freeze_base(model, saved)
-    initialise(adapters_of(model), True, 0)
+    initialise(adapters_of(model), LoraSection(), 0)
     return model
 
 
