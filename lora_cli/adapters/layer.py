@@ -94,7 +94,7 @@ class LoRALinear(nn.Module):
         if gain_O is None:
             return y_O
         bias_O = 0 if self.base.bias is None else self.base.bias
-        return ((y_O - bias_O) * gain_O).to(y_O.dtype) + bias_O
+        return (y_O * gain_O + bias_O * (1 - gain_O)).to(y_O.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the update: with a start, [A; A_0] and [B, -B_0]."""

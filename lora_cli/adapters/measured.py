@@ -33,6 +33,7 @@ class Rows(Protocol):
 
 Factors = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 Measured = Callable[[dict[str, LoRALinear], LoraSection, Rows], Iterator[tuple[str, Factors]]]
+HELD = 4  # directions held on the way, for each that is wanted
 GRADIENT_BYTES = 2**30  # of weight gradients held at a time; more layers take more passes
 
 
@@ -40,13 +41,14 @@ GRADIENT_BYTES = 2**30  # of weight gradients held at a time; more layers take m
 class _Directions:
     """The K principal directions of all inputs so far: an incremental singular value decomposition.
 
-    The row space of what came before is kept as K scaled directions; new inputs are stacked below, and both are
-    decomposed together (arXiv:2410.07170, section 3.1, after Ross et al. 2008). Not centred.
+    The row space of what came before is held as scaled directions, more than are wanted in the end, so that little is
+    lost by leaving the rest out; new inputs are stacked below, and both are decomposed together (arXiv:2410.07170,
+    section 3.1, after Ross et al. 2008). Not centred.
     """
 
     keep: int
     tau: float
-    scaled_KI: Tensor | None = None  # singular values times right singular vectors
+    held: Tensor | None = None  # singular values times right singular vectors, falling
     total: float = 0.0  # sum of all squared inputs
     settled: bool = False
 
@@ -54,25 +56,29 @@ class _Directions:
         self.total += float(x_NI.square().sum())
         if self.settled:
             return
-        stacked_MI = x_NI if self.scaled_KI is None else torch.cat([self.scaled_KI, x_NI])
+        stacked_MI = x_NI if self.held is None else torch.cat([self.held, x_NI])
         vectors_MM = torch.linalg.eigh(stacked_MI @ stacked_MI.T).eigenvectors  # by rising value; M is far below I
-        scaled_KI = (vectors_MM.flip(1).T @ stacked_MI)[: self.keep]  # u_k^T M = s_k v_k^T
-        if self.scaled_KI is not None and len(self.scaled_KI) == len(scaled_KI):
-            likeness_K = torch.cosine_similarity(self.scaled_KI, scaled_KI, dim=1).abs()
+        before = None if self.held is None else self.best
+        self.held = (vectors_MM.flip(1).T @ stacked_MI)[: HELD * self.keep]  # u_k^T M = s_k v_k^T
+        if before is not None and len(before) == len(self.best):
+            likeness_K = torch.cosine_similarity(before, self.best, dim=1).abs()
             self.settled = bool((likeness_K >= self.tau).all())
-        self.scaled_KI = scaled_KI
+
+    @property
+    def best(self) -> Tensor:
+        """(K, I), the strongest first, as long as they are strong."""
+        assert self.held is not None
+        return self.held[: self.keep]
 
     @property
     def vectors(self) -> Tensor:
         """(K, I) of length one, the strongest first."""
-        assert self.scaled_KI is not None
-        return torch.nn.functional.normalize(self.scaled_KI, dim=1)
+        return torch.nn.functional.normalize(self.best, dim=1)
 
     @property
     def explained(self) -> list[float]:
         """The share of all variance along each direction, falling."""
-        assert self.scaled_KI is not None
-        return (self.scaled_KI.square().sum(1) / max(self.total, 1e-30)).tolist()
+        return (self.best.square().sum(1) / max(self.total, 1e-30)).tolist()
 
 
 @dataclass

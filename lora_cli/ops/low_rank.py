@@ -68,14 +68,17 @@ def project(
     b_OR: Tensor | None,
     gain_O: Tensor | None,
 ) -> Tensor:
-    """(N, O): g (x W^T + z B^T) + b, accumulated inside the products; B is scaled already."""
-    y_NO = F.linear(x_NI, weight_OI, bias_O if gain_O is None else None)
+    """(N, O): g (x W^T + z B^T) + b, accumulated inside the products; B is scaled already.
+
+    As g (x W^T + b) + b (1 - g), so that a gain of 1 leaves the base's own output bit for bit.
+    """
+    y_NO = F.linear(x_NI, weight_OI, bias_O)
     if z_NR is not None and b_OR is not None:
         y_NO.addmm_(z_NR, b_OR.T)
     if gain_O is not None:
         y_NO.mul_(gain_O)
         if bias_O is not None:
-            y_NO.add_(bias_O)
+            y_NO.add_((bias_O * (1 - gain_O)).to(y_NO.dtype))
     return y_NO
 
 
