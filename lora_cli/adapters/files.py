@@ -61,6 +61,15 @@ class Adapter:
         return by_type.get(self.config.get("task_type") or "CAUSAL_LM", "causal_lm")
 
     @property
+    def use_dora(self) -> bool:
+        return any(update.magnitude is not None for update in self.updates.values())
+
+    @property
+    def saved_modules(self) -> list[str]:
+        """Modules whose parameters it holds in full."""
+        return sorted({name.rsplit(".", 1)[0] for name in self.saved})
+
+    @property
     def base(self) -> str | None:
         return self.config.get("base_model_name_or_path")
 
@@ -109,9 +118,36 @@ def trained_name_of(name: str) -> str:
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write both files into an existing folder."""
+    """Write both files into an existing folder, and look at what was written.
+
+    Raises ``StorageError`` where the file does not hold what it should, or no number of it is finite.
+    """
     save_file({file_name_of(name): t for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, dict(sorted(config.items())))
+    found = tensors_of(read_adapter(folder))
+    if wrong := _differences(tensors, found):
+        raise StorageError(f"{folder / WEIGHTS} was not written as it should be: {', '.join(wrong[:4])}")
+    for name, tensor in tensors.items():
+        if found[name].shape != tensor.shape or not torch.isfinite(found[name]).all():
+            raise StorageError(f"{folder / WEIGHTS} was not written as it should be: {name} is damaged")
+
+
+def check_trained(folder: Path) -> None:
+    """Raises ``StorageError`` for an adapter that changes nothing after training: every B is still zero."""
+    updates = read_adapter(folder).updates
+    if updates and not any(update.lora_B.any() for update in updates.values()):
+        raise StorageError(
+            f"every lora_B in {folder / WEIGHTS} is zero after training: the adapter changes nothing",
+            "raise training.learning_rate; if it is not tiny, this is a bug to report",
+        )
+
+
+def rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an adapter in the type of its file.
+
+    DoRA's magnitudes stay float32: what they learn is a change of a thousandth, which bfloat16 would lose.
+    """
+    return {name: tensor if name.endswith(MAGNITUDE) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def peft_config(
@@ -142,7 +178,7 @@ def peft_config(
     optional = {
         "use_rslora": lora.use_rslora,
         "modules_to_save": outermost(saved),
-        "use_dora": lora.use_dora,
+        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.files import read_adapter
+from lora_cli.adapters.files import load_trained, read_adapter, tensors_of
 from lora_cli.adapters.initialisation import initialise, kind_of
 from lora_cli.adapters.injection import adapters_of
 from lora_cli.commands.plan import Plan
@@ -38,6 +38,10 @@ def begin(model: PreTrainedModel, plan: Plan, ranks: Ranks | None, world: World)
     if ranks is not None:
         for name, layer in layers.items():
             layer.begin(torch.zeros(ranks[name], layer.lora_A.shape[1]), torch.zeros(len(layer.lora_B), ranks[name]))
+        return
+    if plan.recipe.lora.init_from is not None:
+        adapter = read_adapter(Path(plan.recipe.lora.init_from).expanduser())
+        load_trained(model, {name: tensor.float() for name, tensor in tensors_of(adapter).items()})
         return
     initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     model.zero_grad(set_to_none=True)

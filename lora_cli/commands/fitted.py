@@ -34,11 +34,6 @@ class FittedAdapter:
         return self.adapter.task
 
     @property
-    def saved(self) -> list[str]:
-        """Modules whose parameters the adapter holds in full."""
-        return sorted({name.rsplit(".", 1)[0] for name in self.adapter.saved})
-
-    @property
     def transposed(self) -> set[str]:
         """Modules that store their weight (in, out)."""
         return {name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D)}
@@ -73,7 +68,7 @@ def fit_adapter(
 
 def _check_ties(fitted: FittedAdapter) -> None:
     """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
-    for name in fitted.saved:
+    for name in fitted.adapter.saved_modules:
         if partner := tied_partner(fitted.skeleton, name):
             raise UsageError(
                 f"{fitted.folder} was trained with {name} in full, which shares its weight with {partner} "
@@ -104,6 +99,5 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
 
 def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
-    use_dora = any(update.magnitude is not None for update in fitted.adapter.updates.values())
-    attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=use_dora))
-    freeze_base(model, fitted.saved)
+    attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=fitted.adapter.use_dora))
+    freeze_base(model, fitted.adapter.saved_modules)

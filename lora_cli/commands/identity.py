@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from lora_cli.adapters.files import WEIGHTS
 from lora_cli.commands.plan import Plan
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import Recipe
+from lora_cli.storage import sha256
 
 # Keys that change what is shown, kept or where, but no number of the training.
 FREE_KEYS = {
     "output_dir",
     "dataset.path",  # the rows themselves are compared
     "dataset.eval_path",
+    "lora.init_from",  # so is the adapter
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
+    "training.save_dtype",
     "training.report_to",
     "training.per_device_eval_batch_size",
     "training.gradient_checkpointing",  # the cures for too little memory: they give the same steps
@@ -33,7 +38,9 @@ FREE_KEYS = {
 
 def identity(plan: Plan, base_fingerprint: str) -> dict[str, Any]:
     """Flat, so that a difference has a name."""
+    from_adapter = plan.recipe.lora.init_from
     return fixed_keys(plan.recipe) | {
+        "adapter": None if from_adapter is None else sha256(Path(from_adapter).expanduser() / WEIGHTS),
         "rows": plan.dataset.fingerprint(),
         "rows_per_step": plan.steps.rows_per_step,
         "base": base_fingerprint,
@@ -58,6 +65,7 @@ _PLACES: dict[str, KeyPath] = {
     "rows": ("dataset", "path"),
     "rows_per_step": ("training", "per_device_train_batch_size"),
     "base": ("model", "path"),
+    "adapter": ("lora", "init_from"),
     "dtype": ("model", "dtype"),
 }
 _CURE = "put it back to go on, type --fresh to start over, or choose another output_dir"
@@ -71,8 +79,8 @@ def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
             continue
         path = _PLACES.get(name, tuple(name.split(".")))
         before, after = (json.dumps(values.get(name), ensure_ascii=False) for values in (then, now))
-        if name in ("rows", "base"):
-            what = {"rows": "holds other rows", "base": "holds other weights"}[name]
+        if name in ("rows", "base", "adapter"):
+            what = "holds other rows" if name == "rows" else "holds other weights"
             message = f"{what} than when this run began"
         elif name == "rows_per_step":
             message = (

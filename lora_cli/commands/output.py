@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lora_cli.adapters.files import peft_config, save_adapter, trained_tensors
+from lora_cli.adapters.files import check_trained, peft_config, rounded, save_adapter, trained_tensors
+from lora_cli.adapters.initialisation import kind_of
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.provenance import Provenance
@@ -129,7 +131,8 @@ def save_result(
     """Write the adapter (or the model), the tokenizer and a model card, all at once; then the summary."""
     with new_folder(output.result, replace=True) as folder:
         if config is not None:
-            save_adapter(folder, trained_tensors(model), config)
+            save_adapter(folder, rounded(trained_tensors(model), file_dtype(plan)), config)
+            check_trained(folder)
             Provenance(base_fingerprint, plan.labels).write(folder)
         else:
             with quiet():
@@ -137,6 +140,19 @@ def save_result(
         save_tokenizer(folder, plan.tokenizer, plan.recipe.dataset.chat_template)
         write_text(folder / "README.md", model_card(plan, summary))
     write_json(output.summary, summary.to_dict())
+
+
+def file_dtype(plan: Plan) -> torch.dtype:
+    """`training.save_dtype`; auto halves the file where the base is bfloat16.
+
+    An update that counts from a start is the small difference of two large products, and stays float32.
+    """
+    wanted = plan.recipe.training.save_dtype
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    whole = not kind_of(plan.recipe.lora.init_lora_weights).has_start
+    return torch.bfloat16 if plan.dtype == torch.bfloat16 and whole else torch.float32
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> None:

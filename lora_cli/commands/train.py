@@ -19,11 +19,12 @@ from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
+from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare
 from lora_cli.device import keep_freed_memory, memory_errors
 from lora_cli.distributed import ALONE, World
-from lora_cli.errors import UsageError
+from lora_cli.errors import Mistake, RecipeError, UsageError
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
@@ -176,6 +177,7 @@ def find_standing(plan: Plan, output: OutputFolder, checkpoints: Checkpoints, wo
         if not world.is_main:
             base = known_base(plan, output)
         now = identity(plan, fingerprint(base))
+        check_origin(plan, now["base"])
     world.check_same(now)
     summary = None
     with world.together():
@@ -187,6 +189,16 @@ def find_standing(plan: Plan, output: OutputFolder, checkpoints: Checkpoints, wo
     if world.size > 1:
         state = state_of(world.tell(asdict(state)))
     return Standing(state, found[0] if found else None, now, base, set_aside, summary)
+
+
+def check_origin(plan: Plan, base_fingerprint: str) -> None:
+    """Refuse to go on from an adapter that is known to belong to other weights."""
+    if plan.recipe.lora.init_from is None:
+        return
+    recorded = read_provenance(Path(plan.recipe.lora.init_from).expanduser()).base_fingerprint
+    if recorded is not None and recorded != base_fingerprint:
+        message = "was trained on other weights than those in model.path"
+        raise RecipeError([Mistake(("lora", "init_from"), message, "name its own base in model.path")])
 
 
 def finished_outcome(plan: Plan, output: OutputFolder, standing: Standing) -> Outcome:

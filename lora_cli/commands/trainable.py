@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
 from lora_cli.adapters.injection import (
     Target,
+    adapters_of,
     attach,
     find_saved,
     find_targets,
     freeze_base,
     outermost,
     parametrisation,
+    tied_partner,
 )
+from lora_cli.adapters.layer import Parametrisation
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import repeated_layers
@@ -49,6 +55,10 @@ class ModelPlan:
     saved: list[str]  # modules trained in full
     counted: Counted
 
+    @property
+    def uses_dora(self) -> bool:
+        return any(layer.lora_magnitude_vector is not None for layer in adapters_of(self.skeleton).values())
+
 
 def plan_model(
     recipe: Recipe, config: PreTrainedConfig, folder: ModelFolder | None, *, remote_code: bool = False
@@ -65,12 +75,40 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
     if recipe.method == "full":
         model.requires_grad_(True)
         return [], []
+    if recipe.lora.init_from is not None:
+        return _prepare_as(model, recipe, read_adapter(Path(recipe.lora.init_from).expanduser()))
     saved = find_saved(model, recipe.lora.modules_to_save)
     saved = outermost([*head_modules(model, recipe.task), *saved])
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
     return targets, saved
+
+
+def _prepare_as(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> tuple[list[Target], list[str]]:
+    """The same for a run that goes on from an adapter: its modules, ranks, scales and kind are taken over."""
+    _check_fits(model, recipe, adapter)
+    saved = outermost([*head_modules(model, recipe.task), *adapter.saved_modules])
+    targets = targets_of(adapter)
+    attach(model, targets, Parametrisation(recipe.lora.lora_dropout, adapter.use_dora))
+    freeze_base(model, saved)
+    return targets, saved
+
+
+def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> None:
+    path = ("lora", "init_from")
+    if adapter.task != recipe.task:
+        raise RecipeError([Mistake(path, f"is an adapter for {adapter.task}, and this run's task is {recipe.task}")])
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    if wrong := mismatches(adapter, shapes, transposed):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        message = f"does not fit this model: {wrong[0]}{more}"
+        raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
+    tied = [(name, partner) for name in adapter.saved_modules if (partner := tied_partner(model, name))]
+    if tied:
+        name, partner = tied[0]
+        raise RecipeError([Mistake(path, f"holds {name} in full, which shares its weight with {partner}")])
 
 
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:

@@ -23,6 +23,12 @@ EVALUATION_METRICS = {
 }
 
 
+OF_AN_ADAPTER = (
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
+)
+
+
 def check_rules(recipe: Recipe, source: Source) -> list[Mistake]:
     """Every rule that this recipe breaks."""
     return [mistake for rule in RULES for mistake in rule(recipe, source)]
@@ -88,6 +94,20 @@ def _method_keys(recipe: Recipe, source: Source) -> Iterator[Mistake]:
             "head trains a classifier's head, and a causal_lm has none",
             "name the modules in lora.modules_to_save, or use task: sequence_classification",
         )
+
+
+def _adapter_brings_its_own(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.lora.init_from is None:
+        return
+    for key in OF_AN_ADAPTER:
+        if was_changed(recipe.lora, "lora", key, source):
+            yield Mistake(("lora", key), "comes from the adapter in init_from", "remove it")
+
+
+def _training_of_adapters(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    for key in ("loraplus_lr_ratio", "save_dtype"):
+        if recipe.method != "lora" and was_changed(recipe.training, "training", key, source):
+            yield Mistake(("training", key), f"has no effect with method: {recipe.method}", "remove it")
 
 
 def _orthogonal_is_even(recipe: Recipe, source: Source) -> Iterator[Mistake]:
@@ -225,6 +245,8 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _attention_is_no_code,
     _float32_for_full,
     _method_keys,
+    _adapter_brings_its_own,
+    _training_of_adapters,
     _orthogonal_is_even,
     _config_of_its_kind,
     _task_format,

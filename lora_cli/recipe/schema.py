@@ -145,6 +145,11 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
     modules_to_save: StringList = Field([], description="modules trained in full; a classifier head is added by itself")
+    init_from: Text | None = Field(
+        None,
+        description="folder of an adapter (ours or PEFT's) to go on from: its modules, ranks, scales and kind are "
+        "taken over",
+    )
     use_dora: bool = Field(
         False, description="DoRA: train the length of each row of the weight apart from its direction"
     )
@@ -162,6 +167,9 @@ class TrainingSection(Section):
     """The training run."""
 
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
+    loraplus_lr_ratio: PositiveFloat | None = Field(
+        None, description="LoRA+: the learning rate of every B as a multiple of the others' (the paper: 16)"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled (AdamW); on matrices only")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in an optimizer step")
     global_batch_size: PositiveInt | None = Field(
@@ -215,6 +223,11 @@ class TrainingSection(Section):
     logging_steps: PositiveInt = Field(10, description="steps between two lines of metrics")
     eval_steps: Cadence = Field("epoch", description="steps, fraction of the run, or epoch; also at the end")
     save_steps: Cadence = Field("epoch", description="steps, fraction of the run, or epoch; also at the end")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the adapter that is delivered; auto: bfloat16 over a bfloat16 base (halves the file), else "
+        "float32; checkpoints are always float32",
+    )
     save_total_limit: Annotated[int, Field(ge=2)] = Field(
         2, description="newest checkpoints kept; the best one is kept besides"
     )

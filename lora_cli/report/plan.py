@@ -55,10 +55,14 @@ def _adapter(plan: Plan) -> str:
     ranks = sorted({target.r for target in targets})
     scales = sorted({target.scaling for target in targets})
     formula = "lora_alpha / sqrt(r)" if lora.use_rslora else "lora_alpha / r"
+    if lora.init_from is not None:
+        formula = f"as in {lora.init_from}"
+    kind = "DoRA, " if plan.model.uses_dora else ""
+    begins = "" if lora.init_lora_weights is True else f"; begins as {lora.init_lora_weights}"
     rank = ", ".join(map(str, ranks))
     scale = ", ".join(map(number, scales))
     names = endings([target.name for target in targets])
-    return f"r {rank} on {plural(len(targets), 'module')} ({names}); scale {scale} ({formula})"
+    return f"{kind}r {rank} on {plural(len(targets), 'module')} ({names}); scale {scale} ({formula}){begins}"
 
 
 def _rows(plan: Plan) -> str:

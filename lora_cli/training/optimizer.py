@@ -34,13 +34,15 @@ class FlatAdamW:
     """Moves a model's trained parameters into one vector, and updates them there.
 
     Matrices come first: decoupled weight decay (arXiv:1711.05101) is theirs alone; biases and norms are not
-    pulled to zero.
+    pulled to zero. With LoRA+ (arXiv:2402.12354) the B's among them have a learning rate of their own.
     """
 
     def __init__(self, model: nn.Module, training: TrainingSection) -> None:
         parameters = trained_parameters(model)
-        ordered = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))  # stable: else the model's order
-        self.places, matrix_end, end = _places(ordered)
+        groups = _groups(parameters, training)
+        ordered = {name: parameters[name] for group in groups for name in group.names}
+        self.places, ends = _places(groups, parameters)
+        end = ends[-1]
         some = next(iter(ordered.values()))
         self.values = torch.zeros(end, dtype=torch.float32, device=some.device)
         self.exchanged = torch.zeros(end + ALIGNMENT, dtype=torch.float32, device=some.device)
@@ -52,7 +54,7 @@ class FlatAdamW:
                 self.places[name].of(self.values).copy_(parameter)
                 parameter.data = self.places[name].of(self.values)
                 parameter.grad = self.places[name].of(self.gradients)
-        self._adamw = _adamw(self.values, self.gradients, matrix_end, training)
+        self._adamw = _adamw(self.values, self.gradients, groups, ends, training)
 
     def _reached(self, name: str):  # type: ignore[no-untyped-def]
         return lambda parameter: self.never_reached.discard(name)
@@ -65,7 +67,7 @@ class FlatAdamW:
 
     def set_learning_rate(self, value: float) -> None:
         for group in self._adamw.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group["lr_ratio"]
 
     def zero_gradients(self) -> None:
         """And what lies aside of them: a few numbers that travel to the other processes in the same sum."""
@@ -133,26 +135,48 @@ class FlatAdamW:
         return [p for group in self._adamw.param_groups for p in group["params"]]
 
 
-def _places(parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], int, int]:
-    """Every parameter's place, where the matrices end, and where everything does."""
-    places, end, matrix_end = {}, 0, 0
-    for name, parameter in parameters.items():
-        places[name] = Place(end, parameter.shape)
-        end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        if parameter.ndim >= 2:
-            matrix_end = end
-    return places, matrix_end, end
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that are updated alike; they lie together."""
+
+    names: list[str]
+    weight_decay: float
+    lr_ratio: float = 1.0  # to the run's learning rate
 
 
-def _adamw(values: Tensor, gradients: Tensor, matrix_end: int, training: TrainingSection) -> torch.optim.AdamW:
-    groups = []
-    for start, end, decay in [(0, matrix_end, training.weight_decay), (matrix_end, len(values), 0.0)]:
-        if end > start:
-            part = nn.Parameter(values[start:end])
-            part.grad = gradients[start:end]
-            groups.append({"params": [part], "weight_decay": decay})
+def _groups(parameters: dict[str, nn.Parameter], training: TrainingSection) -> list[_Group]:
+    """Matrices, B's that learn faster, and what does not decay; each in the model's order, and only if it is there."""
+    matrices = [name for name, p in parameters.items() if p.ndim >= 2]
+    ratio = training.loraplus_lr_ratio
+    faster = [name for name in matrices if ratio is not None and name.endswith(".lora_B")]
+    others = [name for name in matrices if name not in set(faster)]
+    vectors = [name for name, p in parameters.items() if p.ndim < 2]
+    decay = training.weight_decay
+    groups = [_Group(others, decay), _Group(faster, decay, ratio or 1.0), _Group(vectors, 0.0)]
+    return [group for group in groups if group.names]
+
+
+def _places(groups: list[_Group], parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Place], list[int]]:
+    """Every parameter's place, and where each group ends."""
+    places, ends, end = {}, [], 0
+    for group in groups:
+        for name in group.names:
+            places[name] = Place(end, parameters[name].shape)
+            end += -(-parameters[name].numel() // ALIGNMENT) * ALIGNMENT
+        ends.append(end)
+    return places, ends
+
+
+def _adamw(
+    values: Tensor, gradients: Tensor, groups: list[_Group], ends: list[int], training: TrainingSection
+) -> torch.optim.AdamW:
+    parts = []
+    for group, start, end in zip(groups, [0, *ends], ends, strict=False):
+        part = nn.Parameter(values[start:end])
+        part.grad = gradients[start:end]
+        parts.append({"params": [part], "weight_decay": group.weight_decay, "lr_ratio": group.lr_ratio})
     return torch.optim.AdamW(
-        groups,
+        parts,
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,

@@ -289,6 +289,7 @@ FREE = {
     "training.per_device_eval_batch_size": 1,
     "training.gradient_checkpointing": True,
     "training.strategy": "fsdp",
+    "training.save_dtype": "float32",
 }
 
 
@@ -350,7 +351,8 @@ def test_every_key_is_either_compared_or_shown_here_to_be_free():
     leaves = {key for key in all_keys() if not any(other.startswith(f"{key}.") for other in all_keys())}
     assert set(fixed_keys(recipe)) == leaves - FREE_KEYS
     with_fewer_layers = "training.cache_frozen_layers"  # shown in test_caching.py
-    shown = {*FREE, *FREE_TOGETHER, *FREE_INSTEAD, with_fewer_layers}
+    moved = "lora.init_from"  # shown in test_init_from.py
+    shown = {*FREE, *FREE_TOGETHER, *FREE_INSTEAD, with_fewer_layers, moved}
     assert {*shown, "output_dir", "dataset.path", "dataset.eval_path"} == FREE_KEYS
 
 

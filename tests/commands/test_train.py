@@ -119,6 +119,18 @@ def learning_rate(before: Seen, after: Seen) -> None:
     assert torch.allclose(after.weights("B"), 2 * before.weights("B"), rtol=1e-5), "one step of Adam is linear in it"
 
 
+def loraplus_lr_ratio(before: Seen, after: Seen) -> None:
+    """One step of Adam is linear in the rate: B's is four times as long, and A, without a gradient yet, stays."""
+    assert torch.allclose(after.weights("B"), 4 * before.weights("B"), rtol=1e-5)
+    assert torch.equal(after.weights("A"), before.weights("A"))
+
+
+def save_dtype(before: Seen, after: Seen) -> None:
+    found = [load_file(seen.outcome.output.result / "adapter_model.safetensors") for seen in (before, after)]
+    assert {tensor.dtype for tensor in found[0].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in found[1].values()} == {torch.float16}
+
+
 def weight_decay(before: Seen, after: Seen) -> None:
     """While B is 0, A has no gradient, so a first step of 0.01 with a decay of 0.5 leaves 99.5 % of A."""
     torch.testing.assert_close(after.weights("A"), before.weights("A") * (1 - 0.01 * 0.5), rtol=1e-6, atol=0)
@@ -276,6 +288,8 @@ SCRIPT = [*ACCURACIES, {"loss": 4, "token_accuracy": 0.25}]
 
 TRIALS: dict[str, list[Trial]] = {
     "learning_rate": [Trial(0.02, learning_rate, ONE)],
+    "loraplus_lr_ratio": [Trial(4.0, loraplus_lr_ratio, ONE)],
+    "save_dtype": [Trial("float16", save_dtype)],
     "weight_decay": [Trial(0.5, weight_decay, ONE | {"weight_decay": 0.0})],
     "gradient_accumulation_steps": [Trial(2, gradient_accumulation_steps)],
     "global_batch_size": [Trial(8, gradient_accumulation_steps)],
@@ -488,8 +502,7 @@ def test_a_base_in_half_precision_stays_so_and_its_adapter_is_float32(see, model
     seen = see(**{"model.dtype": dtype})
     ((model, _),) = models
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {getattr(torch, dtype)}
-    delivered = load_file(seen.outcome.output.result / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in delivered.values()} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert seen.outcome.summary.dtype == dtype
     assert all(math.isfinite(loss) for loss in seen.column("loss"))
 

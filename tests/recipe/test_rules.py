@@ -18,6 +18,38 @@ METRIC = "training.metric_for_best_model"
 
 # (rule, arguments that break it, the key it names, the message, arguments that keep it)
 BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
+    *(
+        (
+            "_adapter_brings_its_own",
+            ["lora.init_from=there", f"lora.{key}={value}"],
+            f"lora.{key}",
+            "comes from the adapter in init_from",
+            [f"lora.{key}={value}"],
+        )
+        for key, value in {
+            "r": "4",
+            "lora_alpha": "4",
+            "use_rslora": "true",
+            "target_modules": "[q_proj]",
+            "exclude_modules": "[q_proj]",
+            "layers_to_transform": "[0]",
+            "rank_pattern": "{q_proj: 2}",
+            "alpha_pattern": "{q_proj: 2}",
+            "modules_to_save": "[norm]",
+            "use_dora": "true",
+            "init_lora_weights": "gaussian",
+        }.items()
+    ),
+    *(
+        (
+            "_training_of_adapters",
+            [CLASSIFY, "method=head", f"training.{key}={value}"],
+            f"training.{key}",
+            "has no effect with method: head",
+            [f"training.{key}={value}"],
+        )
+        for key, value in {"loraplus_lr_ratio": "16", "save_dtype": "float16"}.items()
+    ),
     (
         "_orthogonal_is_even",
         ["lora.init_lora_weights=orthogonal", "lora.r=5"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -156,3 +157,36 @@ def test_a_model_without_vectors_has_one_group():
     model = nn.Linear(3, 2, bias=False)
     optimizer = FlatAdamW(model, TRAINING)
     assert len(optimizer._adamw.param_groups) == 1
+
+
+def test_loraplus_moves_every_b_faster_and_nothing_else():
+    """Adam's first step is the learning rate times the gradient's sign, so the ratio of steps is that of the rates."""
+    moved = {}
+    for ratio in (None, 16.0):
+        model = nn.Module()
+        for name in ("lora_A", "lora_B", "weight", "bias"):
+            setattr(model, name, nn.Parameter(torch.ones(2, 2) if name != "bias" else torch.ones(2)))
+        wrapper = nn.ModuleDict({"q_proj": model})
+        optimizer = FlatAdamW(wrapper, TrainingSection(loraplus_lr_ratio=ratio, weight_decay=0.0))
+        optimizer.set_learning_rate(1e-3)
+        for parameter in wrapper.parameters():
+            parameter.grad.fill_(0.5)
+        optimizer.update(torch.tensor(True))
+        moved[ratio] = {name: float((1 - p.detach()).mean()) for name, p in model.named_parameters()}
+    assert moved[16.0]["lora_B"] == pytest.approx(16 * moved[None]["lora_B"], rel=1e-4)
+    others = ("lora_A", "weight", "bias")
+    assert all(moved[16.0][name] == pytest.approx(moved[None][name], rel=1e-4) for name in others)
+
+
+def test_loraplus_s_moments_go_through_a_checkpoint():
+    model = nn.ModuleDict({"q": nn.Module()})
+    model["q"].lora_A, model["q"].lora_B = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(3, 2))
+    training = TrainingSection(loraplus_lr_ratio=4.0)
+    optimizer = FlatAdamW(model, training)
+    for parameter in model.parameters():
+        parameter.grad.normal_()
+    optimizer.update(torch.tensor(True))
+    saved = optimizer.tensors()
+    other = FlatAdamW(model, training)
+    other.load(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.tensors().items())

@@ -1,0 +1,76 @@
+"""The adapter as it is delivered: its type, and that it was looked at after it was written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_cli.adapters import files
+from lora_cli.adapters.files import check_trained, save_adapter
+from lora_cli.errors import StorageError
+from tests.made import our_adapter
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def delivered(lora, path) -> dict[str, torch.Tensor]:
+    result = lora("train", path, "--json")
+    assert result.code == 0, result.err
+    return load_file(path.parent / "run" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted", "expected"),
+    [
+        ("float32", "auto", torch.float32),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("bfloat16", "float32", torch.float32),
+        ("float32", "float16", torch.float16),
+    ],
+)
+def test_save_dtype(base, wanted, expected, recipe, model_folder, tmp_path, lora):
+    model = {"path": str(model_folder("llama")), "dtype": base}
+    path = recipe(model=model, **{"training.save_dtype": wanted, "training.max_steps": 2})
+    tensors = delivered(lora, path)
+    assert {tensor.dtype for tensor in tensors.values()} == {expected}
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in checkpoint.values()} == {torch.float32}
+    assert all(torch.equal(tensor, checkpoint[name].to(expected)) for name, tensor in tensors.items())
+
+
+def test_magnitudes_and_differences_stay_float32(recipe, model_folder, lora):
+    model = {"path": str(model_folder("llama")), "dtype": "bfloat16"}
+    tensors = delivered(lora, recipe(model=model, **{"lora.use_dora": True, "training.max_steps": 1}))
+    assert {name.endswith(MAGNITUDE) for name, t in tensors.items() if t.dtype == torch.float32} == {True}
+    assert any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    path = recipe(model=model, **{"lora.init_lora_weights": "pissa", "training.max_steps": 1, "output_dir": "x"})
+    path.write_text(path.read_text().replace("output_dir: x", f"output_dir: {path.parent / 'run2'}"))
+    result = lora("train", path, "--json")
+    assert result.code == 0, result.err
+    written = load_file(path.parent / "run2" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+
+
+def test_a_file_that_is_not_what_was_given_is_a_storage_error(tmp_path, model_folder, monkeypatch):
+    our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
+    adapter = files.read_adapter(tmp_path / "adapter")
+    tensors = files.tensors_of(adapter)
+    save_adapter(tmp_path / "adapter", tensors, adapter.config)
+    damaged = {name: torch.full_like(t, float("nan")) for name, t in tensors.items()}
+    with pytest.raises(StorageError, match=r"was not written as it should be: .* is damaged"):
+        save_adapter(tmp_path / "adapter", damaged, adapter.config)
+    real = files.save_file
+    monkeypatch.setattr(files, "save_file", lambda t, *more, **named: real(dict(list(t.items())[2:]), *more, **named))
+    with pytest.raises(StorageError, match=r"was not written as it should be: .* is missing"):
+        save_adapter(tmp_path / "adapter", tensors, adapter.config)
+
+
+def test_an_adapter_that_changes_nothing_is_not_delivered(tmp_path, model_folder):
+    our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
+    check_trained(tmp_path / "adapter")
+    adapter = files.read_adapter(tmp_path / "adapter")
+    nothing = {n: torch.zeros_like(t) if n.endswith("lora_B") else t for n, t in files.tensors_of(adapter).items()}
+    save_adapter(tmp_path / "adapter", nothing, adapter.config)
+    with pytest.raises(StorageError, match=r"every lora_B .* is zero after training"):
+        check_trained(tmp_path / "adapter")
