@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, trained_parameters
-from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, scaling_of
-from lora_cli.adapters.patterns import shortest_list
+from lora_cli.adapters.experts import STACKED, LoRAStack
+from lora_cli.adapters.injection import (
+    Adapted,
+    Target,
+    adapters_of,
+    linear_modules,
+    outermost,
+    stacked_parameters,
+    trained_parameters,
+)
+from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
+from lora_cli.adapters.patterns import matches, shortest_list
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.recipe import LoraSection
 from lora_cli.storage import write_json
@@ -40,6 +50,11 @@ class LowRank:
     lora_B: Tensor
     scaling: float
     magnitude: Tensor | None = None
+    experts: int = 1  # more: A (E R, I) and B (O, R E) of a stacked parameter, see ``experts.py``
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0] // self.experts
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -106,15 +121,40 @@ def _differences(expected: Any, found: Any) -> list[str]:
     return [*missing, *(f"{name} is unexpected" for name in found if name not in expected)]
 
 
-def file_name_of(name: str) -> str:
-    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT."""
-    return f"{PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else PREFIX + name
+def file_name_of(name: str, stacked: Sequence[str] = ()) -> str:
+    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT.
+
+    PEFT wraps the module around ``stacked`` parameters once for each, the model's first one innermost, and names a
+    wrapper by its depth.
+    """
+    if not name.endswith((".lora_A", ".lora_B")):
+        return PREFIX + name
+    module, _, part = name.rpartition(".")
+    owner, _, parameter = module.rpartition(".")
+    inside = _stacked_in(owner, stacked)
+    if parameter in inside:
+        module = owner + ".base_layer" * (len(inside) - 1 - inside.index(parameter))
+    return f"{PREFIX}{module}.{part}.weight"
 
 
-def trained_name_of(name: str) -> str:
+def trained_name_of(name: str, stacked: Sequence[str] = ()) -> str:
     """The inverse of ``file_name_of``."""
     name = name.removeprefix(PREFIX)
-    return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+    if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        return name
+    module, _, part = name.removesuffix(".weight").rpartition(".")
+    owner = module
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    if inside := _stacked_in(owner, stacked):
+        depth = module.count(".base_layer") - owner.count(".base_layer")
+        module = f"{owner}.{inside[max(0, len(inside) - 1 - depth)]}"
+    return f"{module}.{part}"
+
+
+def _stacked_in(owner: str, stacked: Sequence[str]) -> list[str]:
+    """Which parameters of a module `target_parameters` names, in the model's order."""
+    return [name for name in STACKED if any(matches(f"{owner}.{name}", pattern) for pattern in stacked)]
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -122,7 +162,9 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
 
     Raises ``StorageError`` where the file does not hold what it should, or no number of it is finite.
     """
-    save_file({file_name_of(name): t for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    stacked = config.get("target_parameters") or []
+    by_file_name = {file_name_of(name, stacked): tensor for name, tensor in tensors.items()}
+    save_file(by_file_name, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, dict(sorted(config.items())))
     found = tensors_of(read_adapter(folder))
     if wrong := _differences(tensors, found):
@@ -171,7 +213,7 @@ def peft_config(
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": _target_list(model, layers, saved),
+        "target_modules": _target_list(model, {name for name, layer in layers.items() if not is_stack(layer)}, saved),
         "bias": "none",
         "inference_mode": True,
     }
@@ -181,15 +223,29 @@ def peft_config(
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(isinstance(getattr(layer, "base", None), Conv1D) for layer in layers.values()),
+        "target_parameters": _parameter_list(model, layers),
     }
     return config | {key: value for key, value in optional.items() if value}
 
 
-def _target_list(model: PreTrainedModel, layers: dict[str, LoRALinear], saved: list[str]) -> list[str]:
+def is_stack(layer: nn.Module) -> bool:
+    return isinstance(layer, LoRAStack)
+
+
+def _parameter_list(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
+    """The shortest endings (`experts.down_proj`) that mean exactly the adapted stacked parameters."""
+    chosen = {name for name, layer in layers.items() if is_stack(layer)}
+    known = {name.replace(".base.", ".") for name in stacked_parameters(model)}
+    endings = {".".join(name.split(".")[-2:]) for name in chosen}
+    meant = {name for name in known if any(matches(name, ending) for ending in endings)}
+    return sorted(endings) if meant == chosen else sorted(chosen)
+
+
+def _target_list(model: PreTrainedModel, chosen: set[str], saved: list[str]) -> list[str]:
     others = [name.removesuffix(".base") for name in linear_modules(model, outside=saved)]
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    return shortest_list(set(layers), {*others, *head})
+    return shortest_list(chosen, {*others, *head})
 
 
 def _usual(values: list[Any]) -> Any:
@@ -197,7 +253,7 @@ def _usual(values: list[Any]) -> Any:
     return max(values, key=values.count)
 
 
-def _alpha(layer: LoRALinear, use_rslora: bool) -> float | int:
+def _alpha(layer: Adapted, use_rslora: bool) -> float | int:
     """The alpha that gives this scale at the rank of the file, without the noise of the last bits."""
     alpha = float(f"{layer.scaling / scaling_of(1.0, layer.file_rank, use_rslora):.12g}")
     return int(alpha) if alpha.is_integer() else alpha
@@ -221,7 +277,8 @@ def read_adapter(folder: Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    return _assemble(folder, config, {trained_name_of(name): tensor for name, tensor in tensors.items()})
+    stacked = config.get("target_parameters") or []
+    return _assemble(folder, config, {trained_name_of(name, stacked): tensor for name, tensor in tensors.items()})
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -248,7 +305,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 _REFUSED = {
     "lora_bias": lambda value: bool(value),
     "bias": lambda value: value not in (None, "none"),
-    "target_parameters": lambda value: bool(value),
     "trainable_token_indices": lambda value: bool(value),
     "layer_replication": lambda value: bool(value),
     "alora_invocation_tokens": lambda value: bool(value),
@@ -267,7 +323,14 @@ _KNOWN = {
     *_REFUSED,
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "ensure_weight_tying", "runtime_config", "_custom_modules"),
 }
@@ -314,8 +377,9 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
             raise StorageError(f"{folder / WEIGHTS}: the tensors of {module} do not fit together")
         if bool(config.get("use_dora")) != (MAGNITUDE in pair):
             raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
-        scaling = _scaling(config, module, pair["lora_A"])
-        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE))
+        experts = _experts(config, module, pair["lora_A"])
+        scaling = _scaling(config, module, pair["lora_A"].shape[0] // experts)
+        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts)
     if not adapter.updates and not adapter.saved:
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")
     return adapter
@@ -330,7 +394,14 @@ def _is_pair(pair: dict[str, Tensor]) -> bool:
     return fits and pair["lora_A"].shape[0] == pair["lora_B"].shape[1]
 
 
-def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
+def _experts(config: dict[str, Any], module: str, lora_A: Tensor) -> int:
+    """Of a stacked parameter, whose A holds r rows an expert; 1 of a plain layer."""
+    if not any(matches(module, pattern) for pattern in config.get("target_parameters") or []):
+        return 1
+    return int(lora_A.shape[0] // int(config["r"]))
+
+
+def _scaling(config: dict[str, Any], module: str, r: int) -> float:
     """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
     patterns = config.get("alpha_pattern") or {}
     try:
@@ -338,12 +409,12 @@ def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
         alpha = float(next(named, config.get("lora_alpha", 8)))
     except (re.error, TypeError, ValueError) as error:
         raise UsageError(f"{CONFIG}: alpha_pattern is not understood: {error}") from error
-    return scaling_of(alpha, lora_A.shape[0], bool(config.get("use_rslora")))
+    return scaling_of(alpha, r, bool(config.get("use_rslora")))
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
     return [
-        Target(name, u.lora_A.shape[0], u.scaling, u.lora_A.shape[1], u.lora_B.shape[0])
+        Target(name, u.r, u.scaling, u.lora_A.shape[1], u.lora_B.shape[0], u.experts)
         for name, u in adapter.updates.items()
     ]
 
@@ -358,8 +429,12 @@ def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed:
     """What keeps an adapter from fitting a base whose parameters have these shapes."""
     wrong = []
     for name, update in adapter.updates.items():
-        shape = shapes.get(f"{name}.weight")
-        expected = (update.lora_B.shape[0], update.lora_A.shape[1])
+        shape = shapes.get(name if update.experts > 1 else f"{name}.weight")
+        expected: tuple[int, ...] = (update.lora_B.shape[0], update.lora_A.shape[1])
+        if update.experts > 1 and shape is not None:
+            if shape not in ((update.experts, *expected), (update.experts, *expected[::-1])):
+                wrong.append(f"{name}: the adapter is for {(update.experts, *expected)}, the base has {shape}")
+            continue
         if shape is None:
             wrong.append(f"{name}: the base has no such layer")
         elif (shape[::-1] if name in transposed else shape) != expected:

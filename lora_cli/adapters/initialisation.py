@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def kind_of(value: bool | str) -> Kind:
 
 
 @torch.no_grad()
-def initialise(layers: dict[str, LoRALinear], lora: LoraSection, seed: int, rows: Rows | None = None) -> None:
+def initialise(layers: dict[str, Any], lora: LoraSection, seed: int, rows: Rows | None = None) -> None:
     """Fill every A and B, from a stream named after its module: adding a module changes no other one.
 
     ``rows`` are for the kinds that are measured on them.

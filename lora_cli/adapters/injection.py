@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from lora_cli.adapters.experts import STACKED, LoRAExperts, LoRAStack, stack_shape
 from lora_cli.adapters.initialisation import kind_of
 from lora_cli.adapters.layer import LINEAR_TYPES, PLAIN, LoRALinear, Parametrisation, features, scaling_of
 from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import LoraSection
+
+Adapted = LoRALinear | LoRAStack
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,11 @@ class Target:
     scaling: float
     in_features: int
     out_features: int
+    experts: int = 1  # more: the module is a stacked parameter
 
     @property
     def numel(self) -> int:
-        return self.r * (self.in_features + self.out_features)
+        return self.experts * self.r * (self.in_features + self.out_features)
 
 
 def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) -> dict[str, nn.Module]:
@@ -77,7 +81,7 @@ class _Finder:
         chosen -= self._excluded()
         chosen &= self._in_layers()
         chosen_in_order = [name for name in self.candidates if name in chosen]
-        targets = [self._target(name) for name in chosen_in_order]
+        targets = [self._target(name) for name in chosen_in_order] + self._stacked()
         self._check_ranks()
         self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
         self._check_patterns("alpha_pattern", self.lora.alpha_pattern, chosen)
@@ -161,6 +165,21 @@ class _Finder:
         alpha = self._patterned("alpha_pattern", name, self.lora.lora_alpha)
         return Target(name, r, scaling_of(alpha, r, self.lora.use_rslora), in_features, out_features)
 
+    def _stacked(self) -> list[Target]:
+        """The stacked parameters that `target_parameters` names, in the model's order."""
+        known = stacked_parameters(self.model)
+        for index, pattern in enumerate(self.lora.target_parameters):
+            if not any(matches(name, pattern) for name in known):
+                endings = sorted({".".join(name.split(".")[-2:]) for name in known})
+                have = f"this model has: {', '.join(endings)}" if known else "this model has no stacked experts"
+                self._wrong(("lora", "target_parameters", index), f"no stacked parameter is named '{pattern}'", have)
+        r, scaling = self.lora.r, scaling_of(self.lora.lora_alpha, self.lora.r, self.lora.use_rslora)
+        return [
+            Target(name, r, scaling, in_features, out_features, experts)
+            for name, (experts, in_features, out_features) in known.items()
+            if any(matches(name, pattern) for pattern in self.lora.target_parameters)
+        ]
+
     def _check_ranks(self) -> None:
         """One mistake a key: a rank that is too large for one layer is so for all of its kind."""
         for key, messages in self.oversized.items():
@@ -221,16 +240,40 @@ def parametrisation(lora: LoraSection) -> Parametrisation:
     return Parametrisation(lora.lora_dropout, lora.use_dora, kind_of(lora.init_lora_weights).has_start)
 
 
-def attach(model: nn.Module, targets: list[Target], form: Parametrisation = PLAIN) -> dict[str, LoRALinear]:
+def attach(model: nn.Module, targets: list[Target], form: Parametrisation = PLAIN) -> dict[str, Adapted]:
     """Put an adapter on every target, in place. The adapters' A still hold no values."""
-    layers = {}
+    layers: dict[str, Adapted] = {}
     for target in targets:
         parent_name, _, child = target.name.rpartition(".")
+        if target.experts > 1:
+            layers[target.name] = _wrapped(model, parent_name).stack(child, target.r, target.scaling)
+            continue
         parent = model.get_submodule(parent_name)
         layer = LoRALinear(getattr(parent, child), target.r, target.scaling, form)
         setattr(parent, child, layer)
         layers[target.name] = layer
     return layers
+
+
+def _wrapped(model: nn.Module, name: str) -> LoRAExperts:
+    """The module of that name with room for updates, put there if it is not yet."""
+    module = model.get_submodule(name)
+    if isinstance(module, LoRAExperts):
+        return module
+    parent_name, _, child = name.rpartition(".")
+    experts = LoRAExperts(module)
+    setattr(model.get_submodule(parent_name), child, experts)
+    return experts
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """(E, I, O) of every stacked parameter that can be adapted, by name."""
+    return {
+        f"{name}.{parameter}": stack_shape(module, parameter)
+        for name, module in model.named_modules()
+        for parameter in STACKED
+        if getattr(getattr(module, parameter, None), "ndim", 0) == 3 and isinstance(getattr(module, parameter), Tensor)
+    }
 
 
 def freeze_base(model: nn.Module, saved: list[str]) -> None:
@@ -277,9 +320,9 @@ def _cast(value, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     return value
 
 
-def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every adapted module of a model, by the name it has in the base."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def adapters_of(model: nn.Module) -> dict[str, Adapted]:
+    """Every adapted module or stacked parameter of a model, by the name it has in the base."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAStack)}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

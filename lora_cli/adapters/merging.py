@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lora_cli.adapters.experts import stacked_update
 from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.layer import fold
 from lora_cli.errors import StorageError, UsageError
@@ -68,6 +70,28 @@ def merge_files(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+@torch.no_grad()
+def merge_loaded(model: PreTrainedModel, folder: Path, adapter: Adapter, transposed: set[str]) -> None:
+    """The same with the whole model in memory, for stacked experts.
+
+    Their files hold each expert's matrices apart, under names that only transformers puts together and takes apart.
+    """
+    parameters = dict(model.named_parameters())
+    for name, update in adapter.updates.items():
+        if update.experts > 1:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            stored = bool(getattr(owner, "is_transposed", False))
+            change = stacked_update(update.lora_A, update.lora_B, update.scaling, update.experts, stored)
+            merged = parameters[name].float() + change
+        else:
+            weight = parameters[f"{name}.weight"]
+            merged = fold(weight, update.lora_A, update.lora_B, update.scaling, name in transposed, update.magnitude)
+        parameters[name if update.experts > 1 else f"{name}.weight"].copy_(merged)
+    for name, tensor in adapter.saved.items():
+        parameters[name].copy_(tensor)
+    model.save_pretrained(folder)
 
 
 def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:

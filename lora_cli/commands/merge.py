@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.merging import Naming, merge_files
+from lora_cli.adapters.merging import Naming, merge_files, merge_loaded
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
 from lora_cli.commands.fitted import FittedAdapter, fit_adapter
+from lora_cli.device import memory_errors
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
-from lora_cli.models import fingerprint, quiet, read_config, read_tokenizer
+from lora_cli.models import fingerprint, load_model, quiet, read_config, read_tokenizer
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
@@ -81,7 +82,7 @@ def merge(
     tokenizer = _tokenizer(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
-        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        _merge(fitted, folder, stored, wanted, remote_code)
         _write_config(fitted, folder, wanted, tokenizer_folder)
         _copy(TOKENIZER_FILES, tokenizer_folder, folder)
         _copy(COPIED, fitted.base, folder)
@@ -92,6 +93,18 @@ def merge(
         report = _report(fitted, folder, output, stored, found)
         write_json(folder / "merge_report.json", report.to_dict())
     return report
+
+
+def _merge(
+    fitted: FittedAdapter, folder: Path, stored: torch.dtype, wanted: torch.dtype | None, remote_code: bool
+) -> None:
+    """Tensor by tensor from file to file; with the whole model in memory where an expert's matrices are stacked."""
+    if all(update.experts == 1 for update in fitted.adapter.updates.values()):
+        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        return
+    with memory_errors("merge on a machine with more memory: stacked experts are merged in memory"), quiet():
+        model, _ = load_model(fitted.base, fitted.config, fitted.task, stored, remote_code=remote_code)
+        merge_loaded(model, folder, fitted.adapter, fitted.transposed)
 
 
 def _check_output(output: Path) -> None:

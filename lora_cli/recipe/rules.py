@@ -24,7 +24,7 @@ EVALUATION_METRICS = {
 
 
 OF_AN_ADAPTER = (
-    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
 )
 
@@ -108,6 +108,27 @@ def _training_of_adapters(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     for key in ("loraplus_lr_ratio", "save_dtype"):
         if recipe.method != "lora" and was_changed(recipe.training, "training", key, source):
             yield Mistake(("training", key), f"has no effect with method: {recipe.method}", "remove it")
+
+
+def _experts_are_plain(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    """What PEFT's files cannot hold of a stacked parameter, or no formula gives."""
+    if not recipe.lora.target_parameters:
+        return
+    reasons = {
+        "lora_dropout": "the experts' inputs are not this adapter's to drop",
+        "use_dora": "a stack of experts has no magnitudes in the file format",
+        "rank_pattern": "a stack has one rank, r",
+        "alpha_pattern": "a stack has one scale, lora_alpha / r",
+    }
+    for key, reason in reasons.items():
+        if was_changed(recipe.lora, "lora", key, source):
+            yield Mistake(("lora", key), f"cannot be combined with target_parameters: {reason}", "remove one of them")
+    if recipe.lora.init_lora_weights not in (True, "gaussian"):
+        yield Mistake(
+            ("lora", "init_lora_weights"),
+            f"{recipe.lora.init_lora_weights} cannot be combined with target_parameters: it begins single matrices",
+            "use true or gaussian",
+        )
 
 
 def _orthogonal_is_even(recipe: Recipe, source: Source) -> Iterator[Mistake]:
@@ -247,6 +268,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _method_keys,
     _adapter_brings_its_own,
     _training_of_adapters,
+    _experts_are_plain,
     _orthogonal_is_even,
     _config_of_its_kind,
     _task_format,

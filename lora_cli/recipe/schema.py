@@ -138,6 +138,11 @@ class LoraSection(Section):
     target_modules: TextOrTexts = Field(
         "all-linear", description="all-linear, a glob, `re:...`, or a list of name endings, globs, `re:...`"
     )
+    target_parameters: StringList = Field(
+        [],
+        description="the stacked experts of a mixture to adapt besides, by name ending: `experts.gate_up_proj`, "
+        "`experts.down_proj`",
+    )
     exclude_modules: StringList = Field([], description="never adapt these; forms as above")
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="adapt these layers only, counted from 0"

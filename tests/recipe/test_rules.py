@@ -31,6 +31,7 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             "lora_alpha": "4",
             "use_rslora": "true",
             "target_modules": "[q_proj]",
+            "target_parameters": "[experts.down_proj]",
             "exclude_modules": "[q_proj]",
             "layers_to_transform": "[0]",
             "rank_pattern": "{q_proj: 2}",
@@ -49,6 +50,22 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             [f"training.{key}={value}"],
         )
         for key, value in {"loraplus_lr_ratio": "16", "save_dtype": "float16"}.items()
+    ),
+    *(
+        (
+            "_experts_are_plain",
+            ["lora.target_parameters=[experts.down_proj]", f"lora.{key}={value}"],
+            f"lora.{key}",
+            message,
+            [f"lora.{key}={value}"],
+        )
+        for key, value, message in [
+            ("lora_dropout", "0.1", "cannot be combined with target_parameters: the experts' inputs"),
+            ("use_dora", "true", "cannot be combined with target_parameters: a stack of experts has no magnitudes"),
+            ("rank_pattern", "{q_proj: 2}", "cannot be combined with target_parameters: a stack has one rank"),
+            ("alpha_pattern", "{q_proj: 2}", "cannot be combined with target_parameters: a stack has one scale"),
+            ("init_lora_weights", "pissa", "pissa cannot be combined with target_parameters"),
+        ]
     ),
     (
         "_orthogonal_is_even",

@@ -1,0 +1,148 @@
+"""Updates of stacked experts: against dense arithmetic, and PEFT both ways."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_cli.adapters.experts import LoRAExperts, is_plain, stacked_update
+from lora_cli.adapters.injection import attach, find_targets, freeze_base
+from lora_cli.errors import RecipeError
+from lora_cli.recipe import LoraSection
+from tests.made import IDS, base_model, distance, loaded_by_peft, loaded_by_us, logits, our_adapter, perturb
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
+}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, tmp_path, tokenizer):
+    """A saved tiny mixture of the kind that a test is given."""
+    kind = request.param
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | KINDS[kind])))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+every_kind = pytest.mark.parametrize("base", list(KINDS), indirect=True)
+
+
+@every_kind
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]])
+def test_peft_reads_ours_and_gives_the_same_logits(base, parameters, tmp_path):
+    model = our_adapter(
+        base, tmp_path / "adapter", "causal_lm", target_modules=["q_proj"], target_parameters=parameters
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        theirs = loaded_by_peft(base, tmp_path / "adapter", "causal_lm")
+    assert distance(logits(theirs), logits(model)) < 1e-5
+    assert distance(logits(loaded_by_us(tmp_path / "adapter")), logits(model)) < 1e-6
+    assert distance(logits(model), logits(base_model(base, "causal_lm"))) > 1e-2
+
+
+@every_kind
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[1:]])
+def test_we_read_peft_s_and_give_the_same_logits(base, parameters, tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base_model(base, "causal_lm"), config)
+    perturb(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert distance(logits(loaded_by_us(tmp_path / "adapter")), logits(model)) < 1e-5
+
+
+@every_kind
+def test_gradients_are_those_of_the_whole_matrix(base):
+    """Expert by expert, or with all experts' matrices formed: what each factor gets is the same."""
+    found = []
+    for whole in (False, True):
+        model = base_model(base, "causal_lm")
+        lora = LoraSection(r=4, target_modules=["q_proj"], target_parameters=BOTH)
+        attach(model, find_targets(model, lora, []))
+        freeze_base(model, [])
+        perturb(model)
+        if whole:
+            for module in model.modules():
+                if isinstance(module, LoRAExperts):
+                    module.base._apply_gate_is_its_own = True
+                    module.base.has_gate = "told otherwise"
+                    assert not is_plain(module.base)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert (gradient - found[1][name]).norm() < 1e-4 * found[1][name].norm() + 1e-9, name
+    assert all(float(gradient.norm()) > 0 for gradient in found[0].values())
+
+
+def test_an_update_is_one_product_an_expert():
+    a, b = torch.randn(3 * 4, 5), torch.randn(7, 4 * 3)
+    found = stacked_update(a, b, 0.5, 3, transposed=False)
+    for expert in range(3):
+        a_RI, b_OR = a[expert * 4 : expert * 4 + 4], b[:, [rank * 3 + expert for rank in range(4)]]
+        assert torch.allclose(found[expert], 0.5 * b_OR @ a_RI, atol=1e-6)
+    assert torch.equal(stacked_update(a, b, 0.5, 3, transposed=True), found.transpose(1, 2))
+
+
+@every_kind
+def test_trained_resumed_and_merged_through_the_command_line(base, recipe, tmp_path, lora):
+    changes = {
+        "model": {"path": str(base), "dtype": "float32"},
+        "lora": {"r": 4, "target_modules": ["q_proj"], "target_parameters": BOTH},
+    }
+    result = lora("train", recipe(**changes), "--json")
+    assert result.code == 0, result.err
+    adapted = logits(loaded_by_us(tmp_path / "run" / "adapter"))
+    merged = lora("merge", tmp_path / "run" / "adapter", "-o", tmp_path / "merged", "--json")
+    assert merged.code == 0, merged.err
+    assert distance(logits(base_model(tmp_path / "merged", "causal_lm")), adapted) < 1e-4
+    assert distance(adapted, logits(base_model(base, "causal_lm"))) > 1e-3
+    counted = lora("count-params", tmp_path / "run" / "adapter", "--json").json
+    assert counted["learnable"] == result.json["parameters"]["trainable"]
+
+
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+def test_what_is_not_there_is_refused_by_name(base):
+    model = base_model(base, "causal_lm")
+    lora = LoraSection(target_modules=["q_proj"], target_parameters=["experts.gate_proj"])
+    with pytest.raises(RecipeError, match=r"no stacked parameter is named 'experts.gate_proj'") as caught:
+        find_targets(model, lora, [])
+    assert "experts.down_proj, experts.gate_up_proj" in str(caught.value.mistakes[0].help)
+
+
+def test_a_model_without_experts_says_so():
+    from tests.conftest import tiny_model
+
+    with pytest.raises(RecipeError) as caught:
+        find_targets(tiny_model("llama"), LoraSection(target_parameters=["experts.down_proj"]), [])
+    assert caught.value.mistakes[0].help == "this model has no stacked experts"
+
+
+def test_plain_experts_are_told_by_their_own_account():
+    module = nn.Module()
+    assert not is_plain(module)
