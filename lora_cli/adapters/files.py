@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.configuration import rank_keys
 from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, scaling_of
 from lora_cli.adapters.patterns import shortest_list
@@ -125,46 +126,31 @@ def peft_config(
 ) -> dict[str, Any]:
     """The ``adapter_config.json`` of a model with adapters: PEFT's keys, and only those that say something."""
     layers = adapters_of(model)
-    alphas = {name: _alpha(layer, lora.use_rslora) for name, layer in layers.items()}
-    r, alpha = _usual([layer.file_rank for layer in layers.values()]), _usual(list(alphas.values()))
+    ranks = {name: layer.file_rank for name, layer in layers.items()}
+    scalings = {name: layer.scaling for name, layer in layers.items()}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[task],
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": r,
-        "lora_alpha": alpha,
         "lora_dropout": lora.lora_dropout,
         "target_modules": _target_list(model, layers, saved),
         "bias": "none",
         "inference_mode": True,
     }
     optional = {
-        "use_rslora": lora.use_rslora,
         "modules_to_save": outermost(saved),
         "use_dora": lora.use_dora,
-        "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
     }
-    return config | {key: value for key, value in optional.items() if value}
+    stated = {key: value for key, value in optional.items() if value}
+    return config | rank_keys(ranks, scalings, lora.use_rslora) | stated
 
 
 def _target_list(model: PreTrainedModel, layers: dict[str, LoRALinear], saved: list[str]) -> list[str]:
     others = [name.removesuffix(".base") for name in linear_modules(model, outside=saved)]
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     return shortest_list(set(layers), {*others, *head})
-
-
-def _usual(values: list[Any]) -> Any:
-    """The most frequent one, the first of them where several are: the others stand in a pattern."""
-    return max(values, key=values.count)
-
-
-def _alpha(layer: LoRALinear, use_rslora: bool) -> float | int:
-    """The alpha that gives this scale at the rank of the file, without the noise of the last bits."""
-    alpha = float(f"{layer.scaling / scaling_of(1.0, layer.file_rank, use_rslora):.12g}")
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -278,7 +264,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
             raise StorageError(f"{folder / WEIGHTS}: the tensors of {module} do not fit together")
         if bool(config.get("use_dora")) != (MAGNITUDE in pair):
             raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
-        scaling = _scaling(config, module, pair["lora_A"])
+        scaling = scaling_in(config, module, pair["lora_A"].shape[0])
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE))
     if not adapter.updates and not adapter.saved:
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")
@@ -294,15 +280,15 @@ def _is_pair(pair: dict[str, Tensor]) -> bool:
     return fits and pair["lora_A"].shape[0] == pair["lora_B"].shape[1]
 
 
-def _scaling(config: dict[str, Any], module: str, lora_A: Tensor) -> float:
-    """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
+def scaling_in(config: dict[str, Any], module: str, rank: int) -> float:
+    """A module's scale by PEFT's rule: the first pattern that matches its whole name or an ending of it wins."""
     patterns = config.get("alpha_pattern") or {}
     try:
         named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = float(next(named, config.get("lora_alpha", 8)))
     except (re.error, TypeError, ValueError) as error:
         raise UsageError(f"{CONFIG}: alpha_pattern is not understood: {error}") from error
-    return scaling_of(alpha, lora_A.shape[0], bool(config.get("use_rslora")))
+    return scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
 def targets_of(adapter: Adapter) -> list[Target]:
