@@ -39,6 +39,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model. Read it first.")
 ]
+AdapterArgument = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder, ours or PEFT's.", show_default=False)
+]
 Base = Annotated[str | None, typer.Option("--base", help="The base model, if not where the adapter says.")]
 
 
@@ -96,6 +99,16 @@ def _crash_log() -> str:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
+
+
+def _tell(result: Any, show: Callable[..., None], as_json: bool) -> None:
+    """Print a command's result as JSON, or on the screen."""
+    from lora_cli.report.console import make_console
+
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        show(make_console(), result)
 
 
 def _version(wanted: bool) -> None:
@@ -195,14 +208,10 @@ def check(
     loaded = load_recipe(recipe, overrides)
 
     from lora_cli.commands.check import check
-    from lora_cli.report.console import make_console
     from lora_cli.report.plan import show_check
 
     result = check(loaded, remote_code=trust_remote_code)
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        show_check(make_console(), result)
+    _tell(result, show_check, as_json)
 
 
 @app.command("count-params", short_help="Count total and learnable parameters.")
@@ -233,7 +242,7 @@ def count_params(
 @app.command(short_help="Fold an adapter into its base, verified.")
 @door
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder, ours or PEFT's.")],
+    adapter: AdapterArgument,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write (default: ADAPTER-merged).")
     ] = None,
@@ -254,15 +263,117 @@ def merge(
         raise UsageError(f"--dtype {dtype} is not known", "use float32, bfloat16 or float16")
 
     from lora_cli.commands.merge import merge
-    from lora_cli.report.console import make_console
     from lora_cli.report.merging import show_merge
 
     target = output or adapter.resolve().with_name(f"{adapter.resolve().name}-merged")
     report = merge(adapter, target, base=base, dtype=dtype, rows=rows, verify=verify, remote_code=trust_remote_code)
-    if as_json:
-        _print_json(report.to_dict())
-    else:
-        show_merge(make_console(), report)
+    _tell(report, show_merge, as_json)
+
+
+@app.command(short_help="Look into an adapter, or compare two.")
+@door
+def inspect(
+    adapter: AdapterArgument,
+    other: Annotated[
+        Path | None, typer.Argument(metavar="OTHER", help="Another adapter to compare with.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show an adapter's modules, norms and ranks, and what servers say of it. The base is not read."""
+    from lora_cli.commands.inspect import inspect
+    from lora_cli.report.inspecting import show_inspection
+
+    found = inspect(adapter, other)
+    _tell(found, show_inspection, as_json)
+
+
+@app.command(short_help="Lower an adapter's rank.")
+@door
+def shrink(
+    adapter: AdapterArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="The highest rank to keep.")] = None,
+    keep_energy: Annotated[
+        float | None,
+        typer.Option("--keep-energy", metavar="SHARE", help="Least rank with this share of the squared norm: 0.99."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter of lower rank with the best approximation of every update. The base is not read."""
+    from lora_cli.commands.shrink import shrink
+    from lora_cli.report.rewriting import show_shrink
+
+    report = shrink(adapter, output, rank=rank, keep_energy=keep_energy)
+    _tell(report, show_shrink, as_json)
+
+
+@app.command(short_help="Make several adapters into one.")
+@door
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER ADAPTER ...", help="Folders of adapters of one base.")
+    ],
+    weights: Annotated[str, typer.Option("--weights", help="One for each adapter, such as 0.7,0.3.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
+    method: Annotated[
+        str, typer.Option("--method", help="cat (the exact sum), svd, linear, ties, dare_linear or dare_ties.")
+    ] = "cat",
+    density: Annotated[float, typer.Option("--density", help="Share of numbers kept by ties and dare_*.")] = 0.5,
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="Rank of svd (default: the highest).")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the numbers that dare_* drops.")] = 42,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Combine adapters of one base as PEFT's add_weighted_adapter does. The base is not read."""
+    from lora_cli.errors import UsageError
+
+    try:
+        numbers = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {weights} is no list of numbers", "write it as --weights 0.7,0.3") from None
+
+    from lora_cli.adapters.combining import Settings
+    from lora_cli.commands.combine import combine
+    from lora_cli.report.rewriting import show_combine
+
+    report = combine(adapters, numbers, output, Settings(method, density, rank, seed))
+    _tell(report, show_combine, as_json)
+
+
+@app.command(short_help="Write an adapter for a server.")
+@door
+def export(
+    adapter: AdapterArgument,
+    server: Annotated[str, typer.Option("--for", metavar="SERVER", help="peft, vllm, sglang or llama.cpp.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write (default: ADAPTER-SERVER).")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
+    base: Base = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="Data file to compare on (default: the run's).")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare logits with base + adapter, if the base is here.")] = True,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter with scale 1 and one rank, which the server reads as it was trained, and check that it does."""
+    from lora_cli.commands.export import export
+    from lora_cli.report.rewriting import show_export
+
+    target = output or adapter.resolve().with_name(f"{adapter.resolve().name}-{server}")
+    report = export(
+        adapter,
+        target,
+        server=server,
+        dtype=dtype,
+        base=base,
+        rows=rows,
+        verify=verify,
+        remote_code=trust_remote_code,
+    )
+    _tell(report, show_export, as_json)
 
 
 @app.command(short_help="Print every recipe key.")

@@ -26,9 +26,16 @@ class ModelFolder:
 
 
 def model_folder(
-    name: str, revision: str | None = None, *, weights: bool = True, remote_code: bool = False
+    name: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    remote_code: bool = False,
+    download: bool = True,
 ) -> ModelFolder:
     """The folder of a hub id or path. Without ``weights`` only the small files are downloaded.
+
+    Without ``download`` nothing is: what was downloaded before is found.
 
     Raises ``UsageError`` where there is neither a folder nor an answer from the hub.
     """
@@ -40,15 +47,15 @@ def model_folder(
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise UsageError(f"there is no folder {name}", _similar_folder(path))
     patterns = SMALL_FILES + (WEIGHTS if weights else []) + (["*.py"] if remote_code else [])
-    return _download(name, revision, patterns)
+    return _download(name, revision, patterns, {} if download else {"local_files_only": True})
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> ModelFolder:
+def _download(name: str, revision: str | None, patterns: list[str], how: dict[str, bool]) -> ModelFolder:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **how))
     except GatedRepoError as error:
         raise UsageError(f"{name} is gated on the hub", "accept its terms there, then run: hf auth login") from error
     except RepositoryNotFoundError as error:

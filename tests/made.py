@@ -10,7 +10,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.files import TASK_TYPES, load_trained, peft_config, save_adapter, tensors_of, trained_tensors
+from lora_cli.adapters.configuration import TASK_TYPES, peft_config
+from lora_cli.adapters.files import load_trained, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base, parametrisation
 from lora_cli.commands.fitted import attach_fitted, fit_adapter

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.experts import STACKED, LoRAStack
-from lora_cli.adapters.injection import (
-    Adapted,
-    Target,
-    adapters_of,
-    linear_modules,
-    outermost,
-    stacked_parameters,
-    trained_parameters,
-)
+from lora_cli.adapters.configuration import TASK_TYPES
+from lora_cli.adapters.injection import Target, adapters_of, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
-from lora_cli.adapters.patterns import matches, shortest_list
+from lora_cli.adapters.naming import file_name_of, trained_name_of
+from lora_cli.adapters.patterns import matches
 from lora_cli.errors import StorageError, UsageError
-from lora_cli.recipe import LoraSection
 from lora_cli.storage import write_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
@@ -121,42 +108,6 @@ def _differences(expected: Any, found: Any) -> list[str]:
     return [*missing, *(f"{name} is unexpected" for name in found if name not in expected)]
 
 
-def file_name_of(name: str, stacked: Sequence[str] = ()) -> str:
-    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT.
-
-    PEFT wraps the module around ``stacked`` parameters once for each, the model's first one innermost, and names a
-    wrapper by its depth.
-    """
-    if not name.endswith((".lora_A", ".lora_B")):
-        return PREFIX + name
-    module, _, part = name.rpartition(".")
-    owner, _, parameter = module.rpartition(".")
-    inside = _stacked_in(owner, stacked)
-    if parameter in inside:
-        module = owner + ".base_layer" * (len(inside) - 1 - inside.index(parameter))
-    return f"{PREFIX}{module}.{part}.weight"
-
-
-def trained_name_of(name: str, stacked: Sequence[str] = ()) -> str:
-    """The inverse of ``file_name_of``."""
-    name = name.removeprefix(PREFIX)
-    if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-        return name
-    module, _, part = name.removesuffix(".weight").rpartition(".")
-    owner = module
-    while owner.endswith(".base_layer"):
-        owner = owner.removesuffix(".base_layer")
-    if inside := _stacked_in(owner, stacked):
-        depth = module.count(".base_layer") - owner.count(".base_layer")
-        module = f"{owner}.{inside[max(0, len(inside) - 1 - depth)]}"
-    return f"{module}.{part}"
-
-
-def _stacked_in(owner: str, stacked: Sequence[str]) -> list[str]:
-    """Which parameters of a module `target_parameters` names, in the model's order."""
-    return [name for name in STACKED if any(matches(f"{owner}.{name}", pattern) for pattern in stacked)]
-
-
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write both files into an existing folder, and look at what was written.
 
@@ -190,73 +141,6 @@ def rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     DoRA's magnitudes stay float32: what they learn is a change of a thousandth, which bfloat16 would lose.
     """
     return {name: tensor if name.endswith(MAGNITUDE) else tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-def peft_config(
-    model: PreTrainedModel,
-    lora: LoraSection,
-    task: str,
-    saved: list[str],
-    *,
-    base: str | None,
-    revision: str | None,
-) -> dict[str, Any]:
-    """The ``adapter_config.json`` of a model with adapters: PEFT's keys, and only those that say something."""
-    layers = adapters_of(model)
-    alphas = {name: _alpha(layer, lora.use_rslora) for name, layer in layers.items()}
-    r, alpha = _usual([layer.file_rank for layer in layers.values()]), _usual(list(alphas.values()))
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": TASK_TYPES[task],
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.lora_dropout,
-        "target_modules": _target_list(model, {name for name, layer in layers.items() if not is_stack(layer)}, saved),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    optional = {
-        "use_rslora": lora.use_rslora,
-        "modules_to_save": outermost(saved),
-        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
-        "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "fan_in_fan_out": any(isinstance(getattr(layer, "base", None), Conv1D) for layer in layers.values()),
-        "target_parameters": _parameter_list(model, layers),
-    }
-    return config | {key: value for key, value in optional.items() if value}
-
-
-def is_stack(layer: nn.Module) -> bool:
-    return isinstance(layer, LoRAStack)
-
-
-def _parameter_list(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
-    """The shortest endings (`experts.down_proj`) that mean exactly the adapted stacked parameters."""
-    chosen = {name for name, layer in layers.items() if is_stack(layer)}
-    known = {name.replace(".base.", ".") for name in stacked_parameters(model)}
-    endings = {".".join(name.split(".")[-2:]) for name in chosen}
-    meant = {name for name in known if any(matches(name, ending) for ending in endings)}
-    return sorted(endings) if meant == chosen else sorted(chosen)
-
-
-def _target_list(model: PreTrainedModel, chosen: set[str], saved: list[str]) -> list[str]:
-    others = [name.removesuffix(".base") for name in linear_modules(model, outside=saved)]
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    return shortest_list(chosen, {*others, *head})
-
-
-def _usual(values: list[Any]) -> Any:
-    """The most frequent one, the first of them where several are: the others stand in a pattern."""
-    return max(values, key=values.count)
-
-
-def _alpha(layer: Adapted, use_rslora: bool) -> float | int:
-    """The alpha that gives this scale at the rank of the file, without the noise of the last bits."""
-    alpha = float(f"{layer.scaling / scaling_of(1.0, layer.file_rank, use_rslora):.12g}")
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -378,7 +262,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
         if bool(config.get("use_dora")) != (MAGNITUDE in pair):
             raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
         experts = _experts(config, module, pair["lora_A"])
-        scaling = _scaling(config, module, pair["lora_A"].shape[0] // experts)
+        scaling = scaling_in(config, module, pair["lora_A"].shape[0] // experts)
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts)
     if not adapter.updates and not adapter.saved:
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")
@@ -401,15 +285,15 @@ def _experts(config: dict[str, Any], module: str, lora_A: Tensor) -> int:
     return int(lora_A.shape[0] // int(config["r"]))
 
 
-def _scaling(config: dict[str, Any], module: str, r: int) -> float:
-    """PEFT's rule: the first pattern that matches the module's whole name or an ending of it wins."""
+def scaling_in(config: dict[str, Any], module: str, rank: int) -> float:
+    """A module's scale by PEFT's rule: the first pattern that matches its whole name or an ending of it wins."""
     patterns = config.get("alpha_pattern") or {}
     try:
         named = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = float(next(named, config.get("lora_alpha", 8)))
     except (re.error, TypeError, ValueError) as error:
         raise UsageError(f"{CONFIG}: alpha_pattern is not understood: {error}") from error
-    return scaling_of(alpha, r, bool(config.get("use_rslora")))
+    return scaling_of(alpha, rank, bool(config.get("use_rslora")))
 
 
 def targets_of(adapter: Adapter) -> list[Target]:

@@ -1,4 +1,4 @@
-"""A merged model compared with what was trained: base + adapter, on real rows."""
+"""A merged model, or an exported adapter, compared with what was trained: base + adapter, on real rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Comparison:
     agreement: Agreement
     adapter_mean_kl: float
     limit_mean_kl: float
-    dtype: torch.dtype  # of the merged weights
+    dtype: torch.dtype  # of the weights that were written
 
     @property
     def within_limit(self) -> bool:
@@ -63,9 +63,9 @@ def compare_merged(
 ) -> Comparison:
     """Everything in float32, so that what differs is the rounding of the weights alone; one model at a time."""
     rows, source = rows_to_compare(fitted, tokenizer, path)
-    rows = _fitting(rows, fitted)
+    rows = fitting_rows(rows, fitted)
     with memory_errors(MEMORY_CURE):
-        base, trained = _reference_logits(fitted, rows, remote_code)
+        base, trained = reference_logits(fitted, rows, remote_code)
         gc.collect()
         config = read_config(merged, remote_code=remote_code)
         model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
@@ -74,7 +74,27 @@ def compare_merged(
     return Comparison(source, agreement, adapter_kl, limit_of(stored, adapter_kl), stored)
 
 
-def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
+def compare_exported(
+    fitted: FittedAdapter,
+    exported: FittedAdapter,
+    tokenizer: PreTrainedTokenizerFast,
+    stored: torch.dtype,
+    path: str | None,
+    *,
+    remote_code: bool = False,
+) -> Comparison:
+    """Two adapters of one base, in float32, so that what differs is what was written."""
+    rows, source = rows_to_compare(fitted, tokenizer, path)
+    rows = fitting_rows(rows, fitted)
+    with memory_errors("type --no-verify to export without loading the base"):
+        base, trained = reference_logits(fitted, rows, remote_code)
+        gc.collect()
+        _, served = reference_logits(exported, rows, remote_code)
+    adapter_kl = compare(trained, base).mean_kl
+    return Comparison(source, compare(trained, served), adapter_kl, limit_of(stored, adapter_kl), stored)
+
+
+def reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
     """The logits of the base alone, and of base + adapter."""
     model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
     base = logits_of(model, fitted.task, rows)
@@ -103,7 +123,7 @@ def rows_to_compare(
     return _plain_rows(tokenizer, list(SENTENCES)), "built-in sentences"
 
 
-def _fitting(rows: list[Example], fitted: FittedAdapter) -> list[Example]:
+def fitting_rows(rows: list[Example], fitted: FittedAdapter) -> list[Example]:
     """The rows, cut to the positions that the model has. Raises ``UsageError`` for ids that it does not embed."""
     if not rows:
         raise DataError("none of the rows to compare on has a token", "name others with --rows")

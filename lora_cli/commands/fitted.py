@@ -15,7 +15,7 @@ from lora_cli.adapters.layer import Parametrisation
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
-from lora_cli.models import empty_model, read_config, set_labels
+from lora_cli.models import empty_model, fingerprint, read_config, set_labels
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def fit_adapter(
     Raises ``UsageError`` where the base is not to be found, or has other modules or shapes.
     """
     adapter = read_adapter(folder)
-    base_folder = _base_folder(folder, adapter, base, weights, remote_code)
+    base_folder = find_base(folder, adapter, base, weights=weights, remote_code=remote_code)
     config = read_config(base_folder, remote_code=remote_code)
     provenance = read_provenance(folder)
     if adapter.task == "sequence_classification":
@@ -66,6 +66,28 @@ def fit_adapter(
     return fitted
 
 
+def check_fingerprint(fitted: FittedAdapter) -> None:
+    """Raises ``UsageError`` for a base of the right shapes with other weights than the adapter was trained on."""
+    recorded = fitted.provenance.base_fingerprint
+    if recorded is not None and fingerprint(fitted.base) != recorded:
+        raise UsageError(
+            f"{fitted.base} is not the base that {fitted.folder} was trained on: the names and shapes are the same, "
+            "the weights are not",
+            "name the right base with --base",
+        )
+
+
+def check_not_quantized(fitted: FittedAdapter) -> None:
+    """Raises ``UsageError`` for a base whose stored numbers are not its weights."""
+    settings = getattr(fitted.config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise UsageError(
+            f"{fitted.base} is stored quantized ({method}): its numbers are not the weights",
+            "name the base that it was made from with --base",
+        )
+
+
 def _check_ties(fitted: FittedAdapter) -> None:
     """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
     for name in fitted.adapter.saved_modules:
@@ -76,13 +98,22 @@ def _check_ties(fitted: FittedAdapter) -> None:
             )
 
 
-def _base_folder(folder: Path, adapter: Adapter, base: str | None, weights: bool, remote_code: bool) -> Path:
+def find_base(
+    folder: Path,
+    adapter: Adapter,
+    base: str | None = None,
+    *,
+    weights: bool = True,
+    remote_code: bool = False,
+    download: bool = True,
+) -> Path:
+    """The base's folder. Raises ``UsageError`` where it is not named or not to be found."""
     name = base or adapter.base
     if not name:
         raise UsageError(f"{folder} does not say which base it belongs to", "name it with --base")
     revision = None if base else adapter.config.get("revision")
     try:
-        return model_folder(name, revision, weights=weights, remote_code=remote_code).path
+        return model_folder(name, revision, weights=weights, remote_code=remote_code, download=download).path
     except UsageError as error:
         raise UsageError(f"the adapter's base: {error.message}", "name its folder with --base") from error
 

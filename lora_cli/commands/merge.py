@@ -12,28 +12,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.merging import Naming, merge_files, merge_loaded
+from lora_cli.commands.adapter_folder import TOKENIZER_FILES, check_new, copy_files
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
-from lora_cli.commands.fitted import FittedAdapter, fit_adapter
+from lora_cli.commands.fitted import FittedAdapter, check_fingerprint, check_not_quantized, fit_adapter
 from lora_cli.device import memory_errors
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
-from lora_cli.models import fingerprint, load_model, quiet, read_config, read_tokenizer
+from lora_cli.models import load_model, quiet, read_config, read_tokenizer
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
 COPIED = ("generation_config.json",)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 @dataclass(frozen=True)
@@ -71,21 +61,21 @@ def merge(
     merged model differs from the trained one by more than the limit; then no folder is left.
     """
     # 1. what can be wrong before anything is written
-    _check_output(output)
+    check_new(output)
     fitted = fit_adapter(adapter, base, remote_code=remote_code)
-    _check_quantized(fitted)
-    _check_fingerprint(fitted)
+    check_not_quantized(fitted)
+    check_fingerprint(fitted)
     wanted = getattr(torch, dtype) if dtype else None
     stored = wanted or _stored_dtype(fitted.base)
     _check_space(fitted.base, output, wanted)
-    tokenizer_folder = _tokenizer_folder(fitted)
-    tokenizer = _tokenizer(fitted, tokenizer_folder, remote_code) if verify else None
+    tokenizer_folder = tokenizer_folder_of(fitted)
+    tokenizer = tokenizer_of(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
         _merge(fitted, folder, stored, wanted, remote_code)
         _write_config(fitted, folder, wanted, tokenizer_folder)
-        _copy(TOKENIZER_FILES, tokenizer_folder, folder)
-        _copy(COPIED, fitted.base, folder)
+        copy_files(TOKENIZER_FILES, tokenizer_folder, folder)
+        copy_files(COPIED, fitted.base, folder)
         found = None
         if tokenizer is not None:
             found = compare_merged(fitted, folder, tokenizer, stored, rows, remote_code=remote_code)
@@ -105,31 +95,6 @@ def _merge(
     with memory_errors("merge on a machine with more memory: stacked experts are merged in memory"), quiet():
         model, _ = load_model(fitted.base, fitted.config, fitted.task, stored, remote_code=remote_code)
         merge_loaded(model, folder, fitted.adapter, fitted.transposed)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise UsageError(f"{output} exists already", "name another folder with -o")
-
-
-def _check_quantized(fitted: FittedAdapter) -> None:
-    settings = getattr(fitted.config, "quantization_config", None)
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise UsageError(
-            f"{fitted.base} is stored quantized ({method}): its numbers are not the weights",
-            "name the base that it was made from with --base",
-        )
-
-
-def _check_fingerprint(fitted: FittedAdapter) -> None:
-    recorded = fitted.provenance.base_fingerprint
-    if recorded is not None and fingerprint(fitted.base) != recorded:
-        raise UsageError(
-            f"{fitted.base} is not the base that {fitted.folder} was trained on: the names and shapes are the same, "
-            "the weights are not",
-            "name the right base with --base",
-        )
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
@@ -160,7 +125,7 @@ def _naming(fitted: FittedAdapter) -> Naming:
     return Naming(names, fitted.skeleton.base_model_prefix, keep_foreign=fitted.task == "causal_lm")
 
 
-def _tokenizer_folder(fitted: FittedAdapter) -> Path | None:
+def tokenizer_folder_of(fitted: FittedAdapter) -> Path | None:
     """The adapter's tokenizer where it has one, else the base's."""
     for folder in (fitted.folder, fitted.base):
         if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
@@ -168,7 +133,7 @@ def _tokenizer_folder(fitted: FittedAdapter) -> Path | None:
     return None
 
 
-def _tokenizer(fitted: FittedAdapter, folder: Path | None, remote_code: bool) -> PreTrainedTokenizerFast:
+def tokenizer_of(fitted: FittedAdapter, folder: Path | None, remote_code: bool) -> PreTrainedTokenizerFast:
     """For the rows to compare on."""
     if folder is None:
         raise UsageError(
@@ -193,12 +158,6 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
         config.dtype = wanted
     with quiet():
         config.save_pretrained(folder)
-
-
-def _copy(names: tuple[str, ...], source: Path | None, folder: Path) -> None:
-    for name in names:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _report(

@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lora_cli.adapters.files import check_trained, peft_config, rounded, save_adapter, trained_tensors
+from lora_cli.adapters.configuration import peft_config
+from lora_cli.adapters.files import check_trained, rounded, save_adapter, trained_tensors
 from lora_cli.adapters.initialisation import kind_of
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan

@@ -14,17 +14,16 @@ from safetensors.torch import load_file, save_file
 from lora_cli.adapters.files import (
     Adapter,
     LowRank,
-    file_name_of,
     load_trained,
     mismatches,
     read_adapter,
     save_adapter,
     targets_of,
     tensors_of,
-    trained_name_of,
     trained_tensors,
 )
 from lora_cli.adapters.injection import Target, attach, freeze_base
+from lora_cli.adapters.naming import file_name_of, trained_name_of
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.storage import is_intact, new_folder
 from tests.conftest import tiny_model

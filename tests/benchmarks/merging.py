@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lora_cli.adapters.files import peft_config, save_adapter, trained_tensors
+from lora_cli.adapters.configuration import peft_config
+from lora_cli.adapters.files import save_adapter, trained_tensors
 from lora_cli.commands.merge import merge
 from lora_cli.models import load_model, read_config
 from lora_cli.recipe import LoraSection
