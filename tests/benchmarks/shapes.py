@@ -47,6 +47,12 @@ class Shape:
     task: str = "causal_lm"
     targets: tuple[str, ...] = LLAMA_PROJECTIONS
     needs_cuda: bool = False
+    use_dora: bool = False
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether there is a plainer form of it to compare with."""
+        return self.use_dora
 
     def lengths(self) -> list[int]:
         """The same for every contender."""
@@ -106,6 +112,16 @@ SHAPES = {
     ),
     "instruct-135m-float32": Shape(
         "Llama of 135M parameters, float32; 4 rows of 64-512 tokens", INSTRUCT_135M, "float32", 4, 64, 512, 4
+    ),
+    "dora-135m-bfloat16": Shape(
+        "Llama of 135M parameters with DoRA, bfloat16; 4 rows of 64-512 tokens",
+        INSTRUCT_135M,
+        "bfloat16",
+        4,
+        64,
+        512,
+        4,
+        use_dora=True,
     ),
     "long-context": Shape(
         "Llama of 135M parameters, bfloat16; 4 rows of 2,048 tokens", INSTRUCT_135M, "bfloat16", 4, 2048, 2048, 1, 2

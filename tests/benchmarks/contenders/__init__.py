@@ -20,6 +20,7 @@ class Contender:
     needs_cuda: bool = False
     tasks: tuple[str, ...] = ("causal_lm", "sequence_classification")
     needs_lengths: bool = False  # is nothing new where all rows are alike
+    needs_variant: bool = False  # is nothing new where the shape is plain
 
     def train(self) -> Any:
         module, _, function = self.place.rpartition(".")
@@ -31,6 +32,8 @@ class Contender:
             return "does not train this task"
         if self.needs_lengths and shape.shortest == shape.longest:
             return "the same: all rows have one length"
+        if self.needs_variant and not shape.is_variant:
+            return "the same: the shape is plain"
         if self.needs_cuda and not cuda:
             return "not measured: no CUDA device"
         if not all(find_spec(module) for module in self.modules):
@@ -41,6 +44,7 @@ class Contender:
 TRAINER = ("peft", "accelerate")
 CONTENDERS = {
     "lora": Contender("ours.train"),
+    "lora, plain LoRA": Contender("ours.train_plain", needs_variant=True),
     "peft+trainer": Contender("trainer.train", TRAINER),
     "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER, needs_lengths=True),
     "peft+trainer+liger": Contender(
@@ -51,6 +55,7 @@ CONTENDERS = {
 }
 # One idea of ours switched off at a time: what each one pays.
 ABLATIONS = {
+    "lora, element-wise work compiled": Contender("ours.train_compiled"),
     "lora, rows padded": Contender("ours.train_padded"),
     "lora, no fused forms": Contender("ours.train_unfused"),
     "lora, freed memory given back": Contender("ours.train_giving_back"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lora_cli import device
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base, parametrisation
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.proof import build_network
@@ -21,20 +22,36 @@ from tests.benchmarks.contenders.job import Job
 from tests.benchmarks.shapes import ALPHA, RANK, Row, Shape
 
 
-def train(job: Job, *, keep_freed: bool = True, attention: str = "auto", fused: bool = True) -> None:
+def train(
+    job: Job,
+    *,
+    keep_freed: bool = True,
+    attention: str = "auto",
+    fused: bool = True,
+    compiled: bool = False,
+    plain: bool = False,
+) -> None:
     if keep_freed:
         device.keep_freed_memory()
     shape = job.shape
-    model = adapted(job.load(), shape).to(job.device)
+    model = adapted(job.load(), replace(shape, use_dora=False) if plain else shape).to(job.device)
     model.train()
     examples = [_example(row, f"row {number}") for number, row in enumerate(job.rows)]
     plan = StepPlan(len(examples), shape.rows_per_step, 1, seed=0, shuffle=False)
     settings = LoopSettings(2e-4, "linear", 0, shape.steps * job.epochs, 1.0, pad_id=0)
-    network = build_network(model, shape.task, attention=attention, fused=fused)
+    network = build_network(model, shape.task, attention=attention, fused=fused, compile=compiled)
     optimizer = FlatAdamW(model, TrainingSection())
     task = TASKS[shape.task]
     for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
         job.tick()
+
+
+def train_plain(job: Job) -> None:
+    train(job, plain=True)
+
+
+def train_compiled(job: Job) -> None:
+    train(job, compiled=True)
 
 
 def train_padded(job: Job) -> None:
@@ -51,11 +68,11 @@ def train_giving_back(job: Job) -> None:
 
 def adapted(model: Any, shape: Shape) -> Any:
     """Adapters on the shape's targets, the rest frozen; a classifier's head is trained in full, as PEFT does."""
-    lora = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets))
+    lora = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets), use_dora=shape.use_dora)
     saved = head_modules(model, shape.task)
-    attach(model, find_targets(model, lora, saved))
+    attach(model, find_targets(model, lora, saved), parametrisation(lora))
     freeze_base(model, saved)
-    initialise(adapters_of(model), LoraSection(), 0)
+    initialise(adapters_of(model), lora, 0)
     return model
 
 

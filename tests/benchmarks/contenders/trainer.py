@@ -54,7 +54,12 @@ def lora_config(shape: Shape) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets), task_type=PEFT_TASKS[shape.task], lora_dropout=0.0
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(shape.targets),
+        task_type=PEFT_TASKS[shape.task],
+        lora_dropout=0.0,
+        use_dora=shape.use_dora,
     )
 
 
