@@ -76,7 +76,7 @@ def project(
     if z_NR is not None and b_OR is not None:
         y_NO.addmm_(z_NR, b_OR.T)
     if gain_O is not None:
-        y_NO.mul_(gain_O)
+        y_NO.addcmul_(y_NO, _above_one(gain_O, y_NO.dtype))
         if bias_O is not None:
             y_NO.add_((bias_O * (1 - gain_O)).to(y_NO.dtype))
     return y_NO
@@ -90,7 +90,13 @@ def through_gain(dy_NO: Tensor, y_NO: Tensor, bias_O: Tensor | None, gain_O: Ten
     """
     before_NO = y_NO if bias_O is None else y_NO - bias_O
     along_O = (dy_NO * before_NO).sum(0, dtype=gain_O.dtype)
-    return (dy_NO * gain_O).to(dy_NO.dtype), torch.where(gain_O == 0, 0, along_O / gain_O)
+    before_gain = torch.addcmul(dy_NO, dy_NO, _above_one(gain_O, dy_NO.dtype))
+    return before_gain, torch.where(gain_O == 0, 0, along_O / gain_O)
+
+
+def _above_one(gain_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """g - 1 in the product's dtype, for y + y (g - 1): g itself would lose in bfloat16 what it learns."""
+    return (gain_O - 1).to(dtype)
 
 
 class _LowRankLinear(torch.autograd.Function):
