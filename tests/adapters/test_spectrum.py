@@ -22,7 +22,14 @@ from lora_cli.adapters.spectrum import (
 )
 from lora_cli.seeds import stream
 
-SHAPES = [(4, 20, 30), (8, 30, 20), (1, 7, 5), (12, 8, 30), (12, 30, 8), (16, 16, 16)]  # R, I, O; some have R above I or O
+SHAPES = [
+    (4, 20, 30),
+    (8, 30, 20),
+    (1, 7, 5),
+    (12, 8, 30),
+    (12, 30, 8),
+    (16, 16, 16),
+]  # R, I, O; some have R above I or O
 
 
 def made(r: int, in_features: int, out_features: int, seed: int = 0, scaling: float = 1.7) -> LowRank:

@@ -18,7 +18,11 @@ from tests.made import our_adapter, peft_adapter, task_of
 @pytest.fixture
 def adapter(tmp_path, model_folder):
     our_adapter(
-        model_folder("llama"), tmp_path / "adapter", "causal_lm", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 5.0}
+        model_folder("llama"),
+        tmp_path / "adapter",
+        "causal_lm",
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"v_proj": 5.0},
     )
     return tmp_path / "adapter"
 

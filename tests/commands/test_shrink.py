@@ -49,7 +49,7 @@ def test_each_module_is_its_best_approximation_and_peft_reads_it(kind, options, 
         whole, small, n = dense(before[module["name"]]), dense(after[module["name"]]), module["rank"]
         u, values, v = torch.linalg.svd(whole, full_matrices=False)
         assert float((small - u[:, :n] * values[:n] @ v[:n]).abs().max()) < 1e-6
-        assert module["energy"] == pytest.approx(float((values[:n].square().sum() / values.square().sum())), abs=1e-9)
+        assert module["energy"] == pytest.approx(float(values[:n].square().sum() / values.square().sum()), abs=1e-9)
         assert module["rank_before"] == 6
     total = sum(float(dense(update).square().sum()) for update in before.values())
     lost = sum(float((dense(before[name]) - dense(after[name])).square().sum()) for name in before)
