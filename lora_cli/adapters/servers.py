@@ -50,8 +50,8 @@ class Verdict:
 
     def __str__(self) -> str:
         wrong = [*(f"refuses: {text}" for text in self.refuses), *(f"misreads: {text}" for text in self.misreads)]
-        served = ["serves it", *self.flags]
-        return "; ".join(wrong or [" with ".join(served)])
+        needs = [f"needs {flag}" for flag in self.flags]
+        return "; ".join([*(wrong or ["serves it"]), *needs])
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -156,7 +156,11 @@ def verdict(server: str, files: Files) -> Verdict:
     reader = SERVERS[server]
     refuses = [reason for rule in reader.rules if (reason := rule(files)) is not None]
     needed = max_lora_rank(max(files.ranks.values(), default=0)) or 0
-    flags = [f"--max-lora-rank {needed}"] if reader.has_max_rank and needed > VLLM_DEFAULT_RANK else []
+    flags = (
+        [f"--max-lora-rank {needed} ({VLLM_DEFAULT_RANK} unless set)"]
+        if reader.has_max_rank and needed > VLLM_DEFAULT_RANK
+        else []
+    )
     return Verdict(server, refuses, _wrong_scales(reader, files), flags)
 
 

@@ -78,7 +78,7 @@ def test_vllm_s_ranks(rank, allowed):
 
 
 def test_a_higher_rank_needs_a_flag_and_past_the_last_is_refused():
-    assert str(verdict("vllm", files(rank=24))) == "serves it with --max-lora-rank 32"
+    assert str(verdict("vllm", files(rank=24))) == "serves it; needs --max-lora-rank 32 (16 unless set)"
     assert "rank 600 (at most 512)" in str(verdict("vllm", files(rank=600)))
     assert verdict("llama.cpp", files(rank=600)).is_served
 

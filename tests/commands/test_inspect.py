@@ -97,7 +97,7 @@ def test_adapters_of_peft_and_saved_modules(kind, tmp_path, model_folder, lora):
     assert result.code == 0, result.err
     assert found["base_fingerprint"] is None
     vllm = next(server for server in found["servers"] if server["server"] == "vllm")
-    assert vllm["flags"] == ["--max-lora-rank 32"]
+    assert vllm["flags"] == ["--max-lora-rank 32 (16 unless set)"]
     assert bool(found["saved"]) == (kind == "roberta") == bool(vllm["refuses"])
 
 
