@@ -312,9 +312,7 @@ def shrink(
 @app.command(short_help="Make several adapters into one.")
 @door
 def combine(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER ADAPTER ...", help="Folders of adapters of one base.")
-    ],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Folders of adapters of one base.")],
     weights: Annotated[str, typer.Option("--weights", help="One for each adapter, such as 0.7,0.3.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
     method: Annotated[

@@ -19,8 +19,8 @@ from lora_cli.cli import app
 from lora_cli.errors import LoraError, Mistake, RecipeError, SeveralErrors, Stopped, ToldElsewhere
 from tests.processes import finish, printed, start
 
-COMMANDS = ["train", "check", "count-params", "merge", "schema"]
-WITH_JSON = ["train", "check", "count-params", "merge"]
+COMMANDS = ["train", "check", "count-params", "merge", "inspect", "shrink", "combine", "export", "schema"]
+WITH_JSON = ["train", "check", "count-params", "merge", "inspect", "shrink", "combine", "export"]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pydantic", "huggingface_hub", "safetensors", "yaml", "rich")
 
 
@@ -248,6 +248,12 @@ def test_json_is_one_document_and_nothing_else_for_every_command_that_reports(lo
     assert lora("train", path, "--json").json["steps"] == 4, "finished already"
     assert lora("count-params", path, "--json").json["learnable"] > 0
     assert lora("merge", tmp_path / "run" / "adapter", "--json").json["within_limit"] is True
+    adapter = tmp_path / "run" / "adapter"
+    assert lora("inspect", adapter, adapter, "--json").json["difference"]["only_there"] == []
+    assert lora("shrink", adapter, "--rank", 2, "-o", tmp_path / "small", "--json").json["energy"] < 1
+    both = lora("combine", adapter, adapter, "--weights", "0.5,0.5", "-o", tmp_path / "both", "--json")
+    assert both.json["distance_from_sum"] < 1e-6
+    assert lora("export", adapter, "--for", "vllm", "--json").json["agreement"]["top1_agreement"] > 0.9
     declared = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert [name for name, command in declared.items() if "as_json" in {p.name for p in command.params}] == WITH_JSON
 

@@ -47,8 +47,7 @@ class LoRAStack(nn.Module):
 
     def factors_of(self, expert: int) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) of one expert."""
-        a_ERI, b_ORE = self.lora_A.unflatten(0, (self.experts, -1)), self.lora_B.unflatten(1, (-1, self.experts))
-        return a_ERI[expert], b_ORE[:, :, expert]
+        return expert_factors(self.lora_A, self.lora_B, expert, self.experts)
 
     def update(self, transposed: bool) -> Tensor:
         """s B_e A_e of all experts, as the parameter is stored."""
@@ -64,6 +63,11 @@ class LoRAStack(nn.Module):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.begin(tensors["lora_A"], tensors["lora_B"])
+
+
+def expert_factors(lora_A: Tensor, lora_B: Tensor, expert: int, experts: int) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of one expert, of a stack's A (E R, I) and B (O, R E)."""
+    return lora_A.unflatten(0, (experts, -1))[expert], lora_B.unflatten(1, (-1, experts))[:, :, expert]
 
 
 def stacked_update(lora_A: Tensor, lora_B: Tensor, scaling: float, experts: int, transposed: bool) -> Tensor:

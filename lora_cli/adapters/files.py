@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.configuration import TASK_TYPES
+from lora_cli.adapters.experts import expert_factors
 from lora_cli.adapters.injection import Target, adapters_of, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
 from lora_cli.adapters.naming import file_name_of, trained_name_of
@@ -294,6 +295,19 @@ def scaling_in(config: dict[str, Any], module: str, rank: int) -> float:
     except (re.error, TypeError, ValueError) as error:
         raise UsageError(f"{CONFIG}: alpha_pattern is not understood: {error}") from error
     return scaling_of(alpha, rank, bool(config.get("use_rslora")))
+
+
+def single_updates(updates: dict[str, LowRank]) -> dict[str, LowRank]:
+    """Every update as one A and one B: those of a stacked parameter apart, as ``experts.down_proj[3]``."""
+    found = {}
+    for name, update in updates.items():
+        if update.experts == 1:
+            found[name] = update
+            continue
+        for expert in range(update.experts):
+            a_RI, b_OR = expert_factors(update.lora_A, update.lora_B, expert, update.experts)
+            found[f"{name}[{expert}]"] = LowRank(a_RI, b_OR, update.scaling)
+    return found
 
 
 def targets_of(adapter: Adapter) -> list[Target]:

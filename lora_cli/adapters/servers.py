@@ -51,8 +51,8 @@ class Verdict:
 
     def __str__(self) -> str:
         wrong = [*(f"refuses: {text}" for text in self.refuses), *(f"misreads: {text}" for text in self.misreads)]
-        served = ["serves it", *self.flags]
-        return "; ".join(wrong or [" with ".join(served)])
+        needs = [f"needs {flag}" for flag in self.flags]
+        return "; ".join([*(wrong or ["serves it"]), *needs])
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -89,6 +89,11 @@ def _bias(files: Files) -> str | None:
 def _embeddings(files: Files) -> str | None:
     found = any("lora_embedding" in name for name in files.shapes)
     return "adapted embeddings" if found else None
+
+
+def _stacked(files: Files) -> str | None:
+    named = files.config.get("target_parameters")
+    return f"stacked experts (target_parameters: {', '.join(named)}), in a layout of PEFT's own" if named else None
 
 
 def _rank_above_all(files: Files) -> str | None:
@@ -142,7 +147,7 @@ class Server:
     has_max_rank: bool = False
 
 
-_LOW_RANK_ONLY = (_dora, _saved, _bias, _embeddings)
+_LOW_RANK_ONLY = (_dora, _saved, _bias, _embeddings, _stacked)
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 SERVERS = {
     "peft": Server((), _peft_scale),
@@ -157,7 +162,11 @@ def verdict(server: str, files: Files) -> Verdict:
     reader = SERVERS[server]
     refuses = [reason for rule in reader.rules if (reason := rule(files)) is not None]
     needed = max_lora_rank(max(files.ranks.values(), default=0)) or 0
-    flags = [f"--max-lora-rank {needed}"] if reader.has_max_rank and needed > VLLM_DEFAULT_RANK else []
+    flags = (
+        [f"--max-lora-rank {needed} ({VLLM_DEFAULT_RANK} unless set)"]
+        if reader.has_max_rank and needed > VLLM_DEFAULT_RANK
+        else []
+    )
     return Verdict(server, refuses, _wrong_scales(reader, files), flags)
 
 

@@ -157,9 +157,6 @@ def _report(
     adapters: Sequence[Adapter],
     made: dict[str, LowRank],
 ) -> CombineReport:
-    sums = {name: weighted_sum(*_parts(adapters, weights, name)) for name in made}
-    norm = math.hypot(*(frobenius_norm(singular_values(update)) for update in sums.values()))
-    off = math.hypot(*(distance(made[name], update) for name, update in sums.items()))
     random = settings.method.startswith("dare")
     return CombineReport(
         adapters=[os.fspath(folder) for folder in folders],
@@ -171,5 +168,15 @@ def _report(
         modules=len(made),
         ranks=sorted({len(update.lora_A) for update in made.values()}),
         parameters=sum(tensor.numel() for update in made.values() for tensor in update.tensors.values()),
-        distance_from_sum=off / norm if norm else None,
+        distance_from_sum=_distance_from_sum(adapters, weights, made),
     )
+
+
+def _distance_from_sum(adapters: Sequence[Adapter], weights: Sequence[float], made: dict[str, LowRank]) -> float | None:
+    """Module by module, since the sums are float64 and their ranks add up."""
+    norm = off = 0.0
+    for name, update in made.items():
+        exact = weighted_sum(*_parts(adapters, weights, name))
+        norm = math.hypot(norm, frobenius_norm(singular_values(exact)))
+        off = math.hypot(off, distance(update, exact))
+    return off / norm if norm else None

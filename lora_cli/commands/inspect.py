@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.files import WEIGHTS, Adapter, LowRank, read_adapter
+from lora_cli.adapters.files import WEIGHTS, Adapter, LowRank, read_adapter, single_updates
 from lora_cli.adapters.servers import Verdict, verdicts
 from lora_cli.adapters.spectrum import (
     cosine,
@@ -95,7 +95,7 @@ def inspect(folder: Path, other: Path | None = None) -> Inspection:
     Raises ``UsageError`` for a folder that is no adapter of a kind known here, and ``StorageError`` for a damaged one.
     """
     adapter = read_adapter(folder)
-    modules = [module_facts(name, update) for name, update in adapter.updates.items()]
+    modules = [module_facts(name, update) for name, update in single_updates(adapter.updates).items()]
     table = tensor_table(folder / WEIGHTS)
     norms = [module.norm for module in modules]
     return Inspection(
@@ -135,7 +135,7 @@ def module_facts(name: str, update: LowRank) -> ModuleFacts:
 
 def _difference(folder: Path, adapter: Adapter, path: Path) -> Difference:
     other = read_adapter(path)
-    here, there = adapter.updates, other.updates
+    here, there = single_updates(adapter.updates), single_updates(other.updates)
     both = [name for name in here if name in there]
     unlike = [name for name in both if _features(here[name]) != _features(there[name])]
     if not both:

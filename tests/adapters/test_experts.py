@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.adapters.experts import LoRAExperts, is_plain, stacked_update
-from lora_cli.adapters.injection import attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
 from lora_cli.errors import RecipeError
 from lora_cli.recipe import LoraSection
 from tests.made import IDS, base_model, distance, loaded_by_peft, loaded_by_us, logits, our_adapter, perturb
@@ -146,3 +146,22 @@ def test_a_model_without_experts_says_so():
 def test_plain_experts_are_told_by_their_own_account():
     module = nn.Module()
     assert not is_plain(module)
+
+
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+def test_inspect_takes_a_stack_apart_and_what_rewrites_files_refuses_it(base, tmp_path, lora):
+    model = our_adapter(base, tmp_path / "adapter", "causal_lm", target_modules=["q_proj"], target_parameters=BOTH[1:])
+    found = lora("inspect", tmp_path / "adapter", "--json").json
+    modules = {module["name"]: module for module in found["modules"]}
+    stack = adapters_of(model)["model.layers.1.mlp.experts.down_proj"]
+    with torch.no_grad():
+        update = stack.update(transposed=False)
+    for expert in range(3):
+        facts = modules[f"model.layers.1.mlp.experts.down_proj[{expert}]"]
+        assert facts["rank"] == 4
+        assert facts["norm"] == pytest.approx(float(update[expert].norm()), rel=1e-5)
+    for command in (["shrink", "--rank", "2"], ["export", "--for", "vllm"]):
+        result = lora(command[0], tmp_path / "adapter", *command[1:], "-o", tmp_path / "new")
+        assert result.code == 2
+        assert "adapts stacked experts" in result.err
+        assert not (tmp_path / "new").exists()

@@ -22,8 +22,14 @@ from lora_cli.adapters.spectrum import (
 )
 from lora_cli.seeds import stream
 
-# R, I, O; some have R above I or O
-SHAPES = [(4, 20, 30), (8, 30, 20), (1, 7, 5), (12, 8, 30), (12, 30, 8), (16, 16, 16)]
+SHAPES = [
+    (4, 20, 30),
+    (8, 30, 20),
+    (1, 7, 5),
+    (12, 8, 30),
+    (12, 30, 8),
+    (16, 16, 16),
+]  # R, I, O; some have R above I or O
 
 
 def made(r: int, in_features: int, out_features: int, seed: int = 0, scaling: float = 1.7) -> LowRank:
@@ -85,6 +91,13 @@ def test_an_update_is_at_no_distance_from_itself_and_points_its_own_way():
     assert cosine(update, doubled) == pytest.approx(1.0, abs=1e-14)
     assert cosine(update, made(4, 20, 30, seed=1)) < 0.5  # the control
     assert cosine(update, LowRank(0 * update.lora_A, update.lora_B, 1.0)) is None
+
+
+def test_the_dense_matrix_is_never_formed():
+    """It would have 40 billion numbers here; the answer is known, since the factors' columns do not overlap."""
+    a_RI, b_OR = torch.zeros(2, 200_000), torch.zeros(200_000, 2)
+    a_RI[0, 7], a_RI[1, 199_999], b_OR[3, 0], b_OR[150_000, 1] = 3, 5, 2, 1
+    assert singular_values(LowRank(a_RI, b_OR, 0.5)).tolist() == pytest.approx([3.0, 2.5])
 
 
 def test_dead_and_not_finite_updates_are_found():
