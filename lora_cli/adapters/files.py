@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, trained_parameters
-from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, scaling_of
+from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, is_transposed, scaling_of
 from lora_cli.adapters.patterns import shortest_list
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.recipe import LoraSection
@@ -145,7 +144,7 @@ def peft_config(
         "use_dora": lora.use_dora,
         "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values()),
     }
     return config | {key: value for key, value in optional.items() if value}
 

@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.merging import Naming, merge_files
+from lora_cli.adapters.quantized import Quantization
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
 from lora_cli.commands.fitted import FittedAdapter, fit_adapter
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.models import fingerprint, quiet, read_config, read_tokenizer
+from lora_cli.ops.packing import library
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
@@ -49,6 +51,10 @@ class MergeReport:
     adapter_mean_kl: float | None  # what the adapter changes: base + adapter against the base alone
     limit_mean_kl: float | None
     within_limit: bool | None
+    onto: str  # full: the base as it is stored; dequantized: what a run saw of it
+    quantization: str | None  # of the base, while the adapter was trained
+    trained_agreement: Agreement | None  # of a quantized run: of the merged model with quantized base + adapter
+    other_way_agreement: Agreement | None  # and of what merges onto the other base, with that
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,11 +66,12 @@ def merge(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    onto: str = "full",
     rows: str | None = None,
     verify: bool = True,
     remote_code: bool = False,
 ) -> MergeReport:
-    """Write base + adapter as a plain model folder.
+    """Write base + adapter as a plain model folder; ``onto`` says onto which base, where a run quantized it.
 
     Raises ``UsageError`` for an adapter on the wrong base or a folder that exists, ``StorageError`` where the
     merged model differs from the trained one by more than the limit; then no folder is left.
@@ -74,6 +81,7 @@ def merge(
     fitted = fit_adapter(adapter, base, remote_code=remote_code)
     _check_quantized(fitted)
     _check_fingerprint(fitted)
+    quantization = _base_to_merge_onto(fitted, onto, verify=verify)
     wanted = getattr(torch, dtype) if dtype else None
     stored = wanted or _stored_dtype(fitted.base)
     _check_space(fitted.base, output, wanted)
@@ -81,15 +89,17 @@ def merge(
     tokenizer = _tokenizer(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
-        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted, quantization)
         _write_config(fitted, folder, wanted, tokenizer_folder)
         _copy(TOKENIZER_FILES, tokenizer_folder, folder)
         _copy(COPIED, fitted.base, folder)
         found = None
         if tokenizer is not None:
-            found = compare_merged(fitted, folder, tokenizer, stored, rows, remote_code=remote_code)
+            found = compare_merged(
+                fitted, folder, tokenizer, stored, rows, onto=quantization, dtype=wanted, remote_code=remote_code
+            )
             _check_agreement(found)
-        report = _report(fitted, folder, output, stored, found)
+        report = _report(fitted, folder, output, stored, onto, found)
         write_json(folder / "merge_report.json", report.to_dict())
     return report
 
@@ -107,6 +117,19 @@ def _check_quantized(fitted: FittedAdapter) -> None:
             f"{fitted.base} is stored quantized ({method}): its numbers are not the weights",
             "name the base that it was made from with --base",
         )
+
+
+def _base_to_merge_onto(fitted: FittedAdapter, onto: str, *, verify: bool) -> Quantization | None:
+    """What the run saw of its base, if it is to be merged onto that."""
+    quantization = fitted.quantization
+    if onto == "dequantized" and quantization is None:
+        raise UsageError(
+            f"--onto dequantized is for adapters trained on a quantized base, and {fitted.folder} records none",
+            "leave it out",
+        )
+    if quantization is not None and (verify or onto == "dequantized"):
+        library()  # it is needed, and may not be there
+    return quantization if onto == "dequantized" else None
 
 
 def _check_fingerprint(fitted: FittedAdapter) -> None:
@@ -189,7 +212,7 @@ def _copy(names: tuple[str, ...], source: Path | None, folder: Path) -> None:
 
 
 def _report(
-    fitted: FittedAdapter, folder: Path, output: Path, stored: torch.dtype, found: Comparison | None
+    fitted: FittedAdapter, folder: Path, output: Path, stored: torch.dtype, onto: str, found: Comparison | None
 ) -> MergeReport:
     return MergeReport(
         adapter=os.fspath(fitted.folder),
@@ -202,6 +225,10 @@ def _report(
         adapter_mean_kl=found.adapter_mean_kl if found else None,
         limit_mean_kl=found.limit_mean_kl if found else None,
         within_limit=found.within_limit if found else None,
+        onto=onto,
+        quantization=fitted.provenance.quantization,
+        trained_agreement=found.trained if found else None,
+        other_way_agreement=found.other_way if found else None,
     )
 
 

@@ -130,13 +130,20 @@ def save_result(
     with new_folder(output.result, replace=True) as folder:
         if config is not None:
             save_adapter(folder, trained_tensors(model), config)
-            Provenance(base_fingerprint, plan.labels).write(folder)
+            _provenance(plan, base_fingerprint).write(folder)
         else:
             with quiet():
                 model.save_pretrained(folder)
         save_tokenizer(folder, plan.tokenizer, plan.recipe.dataset.chat_template)
         write_text(folder / "README.md", model_card(plan, summary))
     write_json(output.summary, summary.to_dict())
+
+
+def _provenance(plan: Plan, base_fingerprint: str) -> Provenance:
+    kind = plan.recipe.model.quantization
+    if kind == "none":
+        return Provenance(base_fingerprint, plan.labels)
+    return Provenance(base_fingerprint, plan.labels, kind, str(plan.dtype).removeprefix("torch."))
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> None:

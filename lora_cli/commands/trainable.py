@@ -15,6 +15,7 @@ from lora_cli.adapters.injection import (
     freeze_base,
     outermost,
     parametrisation,
+    quantize,
 )
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
@@ -65,20 +66,36 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
     if recipe.method == "full":
         model.requires_grad_(True)
         return [], []
-    saved = find_saved(model, recipe.lora.modules_to_save)
-    saved = outermost([*head_modules(model, recipe.task), *saved])
+    saved = _in_full(model, recipe)
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
     return targets, saved
 
 
+def quantize_base(model: PreTrainedModel, recipe: Recipe) -> bool:
+    """Pack a base's linear layers as the recipe says, in place, before it is prepared; whether it says so.
+
+    The skeleton that parameters are counted in stays dense: four bits are still one parameter each.
+    """
+    if recipe.model.quantization == "none":
+        return False
+    quantize(model, _in_full(model, recipe), recipe.model.quantization)
+    return True
+
+
+def _in_full(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    saved = find_saved(model, recipe.lora.modules_to_save)
+    return outermost([*head_modules(model, recipe.task), *saved])
+
+
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     """Refuse what would fail, or be lost, only after the weights are loaded."""
     mistakes = []
     if getattr(model.config, "quantization_config", None) is not None:
-        message = "is stored quantized, and quantized bases are not supported yet"
-        mistakes.append(Mistake(("model", "path"), message, "name the base that it was made from"))
+        message = "is stored quantized, and only bases that this tool quantizes itself can be trained on"
+        cure = "name the base that it was made from, with model.quantization: nf4 or int8"
+        mistakes.append(Mistake(("model", "path"), message, cure))
     if reason := refuses(
         model.skeleton, recipe.training.gradient_checkpointing, choose_device(recipe.training.use_cpu)
     ):
