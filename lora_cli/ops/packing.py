@@ -29,6 +29,7 @@ from lora_cli.errors import UsageError
 
 SIZE = 64  # weights that share a scale
 SCALES = 256  # scales that share one in turn
+AT_A_TIME, IN_CACHE = 2**22, 2**18  # weights that are packed at a time, and unpacked on the CPU
 Parts = tuple[Tensor, ...]  # the packed weight, and what else it takes to unpack it
 
 
@@ -76,10 +77,15 @@ def _quietly() -> Iterator[None]:
 
 
 def _pack_nf4(weight_OI: Tensor) -> Parts:
-    packed, state = library().quantize_4bit(
-        _blocks(weight_OI), blocksize=SIZE, compress_statistics=True, quant_type="nf4"
-    )
-    return packed, state.absmax, state.state2.absmax, state.offset
+    """``quantize_4bit`` with ``compress_statistics``, in parts: it makes float32 copies of what it gets."""
+    parts = [
+        library().quantize_4bit(blocks_KS, blocksize=SIZE, quant_type="nf4")
+        for blocks_KS in _blocks(weight_OI).split(AT_A_TIME // SIZE)
+    ]
+    scale_K = torch.cat([state.absmax for _, state in parts])
+    offset = scale_K.mean()
+    scales_K, state = library().quantize_blockwise(scale_K - offset, blocksize=SCALES)
+    return torch.cat([packed for packed, _ in parts]), scales_K, state.absmax, offset
 
 
 def _blocks(weight_OI: Tensor) -> Tensor:
@@ -137,8 +143,18 @@ def _pack_int8(weight_OI: Tensor) -> Parts:
 
 
 def _unpack_int8(parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """``int8_vectorwise_dequant``, some rows at a time: its float32 copies then stay in the processor's cache."""
     packed_OI, scale_O = parts
-    return packed_OI.float().mul_(scale_O[:, None]).mul_(1 / 127).to(dtype)
+    weight_OI = torch.empty(shape, dtype=dtype, device=packed_OI.device)
+    rows = _rows_at_a_time(packed_OI)
+    for out, packed, scale in zip(weight_OI.split(rows), packed_OI.split(rows), scale_O.split(rows), strict=True):
+        out.copy_(packed.float().mul_(scale[:, None]).mul_(1 / 127))
+    return weight_OI
+
+
+def _rows_at_a_time(packed_OI: Tensor) -> int:
+    """A GPU has no use for parts."""
+    return max(1, IN_CACHE // packed_OI.shape[1]) if packed_OI.device.type == "cpu" else len(packed_OI)
 
 
 def _sizes_int8(weight_OI: Tensor) -> Parts:
