@@ -250,6 +250,9 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as the base is stored).")
     ] = None,
+    onto: Annotated[
+        str, typer.Option("--onto", help="Of a run on a quantized base: full, or dequantized (what the run saw).")
+    ] = "full",
     rows: Annotated[str | None, typer.Option("--rows", help="Data file to compare on (default: the run's).")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the result with base + adapter.")] = True,
     trust_remote_code: RemoteCode = False,
@@ -261,12 +264,16 @@ def merge(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype} is not known", "use float32, bfloat16 or float16")
+    if onto not in ("full", "dequantized"):
+        raise UsageError(f"--onto {onto} is not known", "use full or dequantized")
 
     from lora_cli.commands.merge import merge
     from lora_cli.report.merging import show_merge
 
     target = output or adapter.resolve().with_name(f"{adapter.resolve().name}-merged")
-    report = merge(adapter, target, base=base, dtype=dtype, rows=rows, verify=verify, remote_code=trust_remote_code)
+    report = merge(
+        adapter, target, base=base, dtype=dtype, onto=onto, rows=rows, verify=verify, remote_code=trust_remote_code
+    )
     _tell(report, show_merge, as_json)
 
 

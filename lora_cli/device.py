@@ -55,6 +55,14 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def give_back_freed_memory() -> bool:
+    """Give the system back what is freed now, whatever ``keep_freed_memory`` says of later; whether any was."""
+    try:
+        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError):  # another C library
+        return False
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory used so far: of the GPU, else of this process."""
     if device.type == "cuda":

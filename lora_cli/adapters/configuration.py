@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.experts import LoRAStack
 from lora_cli.adapters.injection import Adapted, adapters_of, linear_modules, outermost, stacked_parameters
-from lora_cli.adapters.layer import scaling_of
+from lora_cli.adapters.layer import is_transposed, scaling_of
 from lora_cli.adapters.patterns import matches, shortest_list
 from lora_cli.recipe import LoraSection
 
@@ -48,7 +47,7 @@ def peft_config(
     optional = {
         "modules_to_save": outermost(saved),
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
-        "fan_in_fan_out": any(isinstance(getattr(layer, "base", None), Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(is_transposed(getattr(layer, "base", None)) for layer in layers.values()),
         "target_parameters": _parameter_list(model, layers),
     }
     stated = {key: value for key, value in optional.items() if value}

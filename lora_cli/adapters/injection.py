@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,18 @@ from transformers.utils import ModelOutput
 
 from lora_cli.adapters.experts import STACKED, LoRAExperts, LoRAStack, stack_shape
 from lora_cli.adapters.initialisation import kind_of
-from lora_cli.adapters.layer import LINEAR_TYPES, PLAIN, LoRALinear, Parametrisation, features, scaling_of
+from lora_cli.adapters.layer import (
+    DENSE_TYPES,
+    LINEAR_TYPES,
+    PLAIN,
+    LoRALinear,
+    Parametrisation,
+    features,
+    has_hooks,
+    scaling_of,
+)
 from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
+from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import LoraSection
 
@@ -43,6 +54,29 @@ def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) 
         for name, module in model.named_modules()
         if isinstance(module, LINEAR_TYPES) and module is not head and not is_below(name, outside or [])
     }
+
+
+def packable_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
+    """Linear layers that a quantized base stores packed: all that are frozen, plain, and not the output head.
+
+    A weight that two modules share stays as it is: the other one may be no linear layer.
+    """
+    parameters = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    shared = {number for number, count in Counter(parameters).items() if count > 1}
+    return [
+        name
+        for name, module in linear_modules(model, outside=saved).items()
+        if type(module) in DENSE_TYPES and not has_hooks(module) and id(module.weight) not in shared
+    ]
+
+
+def quantize(model: PreTrainedModel, saved: list[str], kind: str) -> None:
+    """Pack the linear layers, in place and one by one: no more than one of them is there in both forms.
+
+    Always on the device where the weights are read, the CPU: everywhere the same bits.
+    """
+    for name in packable_modules(model, saved):
+        model.set_submodule(name, QuantizedLinear(model.get_submodule(name), kind))
 
 
 def is_below(name: str, roots: list[str]) -> bool:

@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.ops.low_rank import Projection, Unpack, dense, low_rank_linear
 from lora_cli.ops.row_norms import adapted_row_norms, row_squares
 
-LINEAR_TYPES = (nn.Linear, Conv1D)
+DENSE_TYPES = (nn.Linear, Conv1D)
+LINEAR_TYPES = (*DENSE_TYPES, QuantizedLinear)
+Base: TypeAlias = nn.Linear | Conv1D | QuantizedLinear
 FACTORS = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name
 
 
-def features(base: nn.Linear | Conv1D) -> tuple[int, int]:
+def features(base: Base) -> tuple[int, int]:
     """(in_features, out_features); GPT-2's Conv1D stores its weight transposed."""
     if isinstance(base, Conv1D):
         return base.weight.shape[0], base.weight.shape[1]
     return base.in_features, base.out_features
+
+
+def is_transposed(base: Any) -> bool:
+    """Whether the model stores this layer's weight as (I, O)."""
+    return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.transposed)
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -59,7 +67,7 @@ class LoRALinear(nn.Module):
     g = m / ||W + s B A|| by rows, and only m has a gradient through g.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, r: int, scaling: float, form: Parametrisation = PLAIN) -> None:
+    def __init__(self, base: Base, r: int, scaling: float, form: Parametrisation = PLAIN) -> None:
         super().__init__()
         in_features, out_features = features(base)
         self.base = base
@@ -178,6 +186,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def weight_of(base: Any) -> tuple[Tensor, Unpack | None]:
     """A layer's weight (O, I), or what it is packed as and the way to unpack it."""
+    if isinstance(base, QuantizedLinear):
+        return base.weight, base.unpack
     return (base.weight.T if isinstance(base, Conv1D) else base.weight), None
 
 

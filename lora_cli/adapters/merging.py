@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from lora_cli.adapters.experts import stacked_update
 from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.layer import fold
+from lora_cli.adapters.quantized import Quantization
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.storage import write_json
@@ -50,48 +50,70 @@ def _modern(key: str) -> str:
     return key.removesuffix("beta") + "bias" if key.endswith("LayerNorm.beta") else key
 
 
+@dataclass(frozen=True)
+class Folding:
+    """What becomes of a weight: W + s B A in float32, of the base's own W or of what a quantized base made of it."""
+
+    adapter: Adapter
+    transposed: set[str]
+    onto: Quantization | None = None
+
+    def merged(self, name: str, tensor: Tensor) -> Tensor:
+        """The new value of the base's parameter ``name``: still to be rounded, or the very tensor."""
+        if name in self.adapter.saved:
+            return self.adapter.saved[name]
+        stack = self.adapter.updates.get(name)
+        if stack is not None:
+            change = stacked_update(stack.lora_A, stack.lora_B, stack.scaling, stack.experts, name in self.transposed)
+            return tensor.float() + change
+        module, _, last = name.rpartition(".")
+        if last != "weight":
+            return tensor
+        transposed = module in self.transposed
+        if self.onto is not None and module in self.onto.modules:
+            tensor = self.onto.seen(tensor, transposed)
+        update = self.adapter.updates.get(module)
+        if update is None:
+            return tensor
+        return fold(tensor, update.lora_A, update.lora_B, update.scaling, transposed, update.magnitude)
+
+
+@torch.no_grad()
+def merge_model(model: nn.Module, folding: Folding, stored: torch.dtype, dtype: torch.dtype | None) -> None:
+    """The same as ``merge_files`` in a loaded base: rounded as if written as ``stored``, or all of it as ``dtype``."""
+    for name, parameter in model.named_parameters():
+        value = folding.merged(name, parameter)
+        if dtype is not None or value is not parameter:
+            parameter.copy_(value.to(dtype or stored))
+
+
 def merge_files(
-    base: Path, folder: Path, adapter: Adapter, naming: Naming, transposed: set[str], dtype: torch.dtype | None
+    base: Path,
+    folder: Path,
+    adapter: Adapter,
+    naming: Naming,
+    transposed: set[str],
+    dtype: torch.dtype | None,
+    onto: Quantization | None = None,
 ) -> None:
     """Write the merged weights into ``folder``, in the base's shards, holding one tensor at a time.
 
     W + s B A is accumulated in float32 and rounded once, to ``dtype`` or the type it is stored in. Raises
     ``UsageError`` for an adapted layer whose weight the files do not hold.
     """
+    folding = Folding(adapter, transposed, onto)
     files = weight_files(base)
     missing = _missing(files, adapter, naming)
     weight_map: dict[str, str] = {}
     total = 0
     for path in files:
-        shard = _Shard(path, adapter, naming, transposed, dtype)
+        shard = _Shard(path, folding, naming, dtype)
         added = missing if path == files[-1] else {}
         total += write_tensors(folder / path.name, [*shard.entries, *_entries(added, dtype)], shard.producer(added))
         weight_map |= dict.fromkeys([*shard.sources, *added], path.name)
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-@torch.no_grad()
-def merge_loaded(model: PreTrainedModel, folder: Path, adapter: Adapter, transposed: set[str]) -> None:
-    """The same with the whole model in memory, for stacked experts.
-
-    Their files hold each expert's matrices apart, under names that only transformers puts together and takes apart.
-    """
-    parameters = dict(model.named_parameters())
-    for name, update in adapter.updates.items():
-        if update.experts > 1:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            stored = bool(getattr(owner, "is_transposed", False))
-            change = stacked_update(update.lora_A, update.lora_B, update.scaling, update.experts, stored)
-            merged = parameters[name].float() + change
-        else:
-            weight = parameters[f"{name}.weight"]
-            merged = fold(weight, update.lora_A, update.lora_B, update.scaling, name in transposed, update.magnitude)
-        parameters[name if update.experts > 1 else f"{name}.weight"].copy_(merged)
-    for name, tensor in adapter.saved.items():
-        parameters[name].copy_(tensor)
-    model.save_pretrained(folder)
 
 
 def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
@@ -110,12 +132,9 @@ def _entries(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[Entr
 class _Shard:
     """One weight file of the base, and what becomes of each of its tensors."""
 
-    def __init__(
-        self, path: Path, adapter: Adapter, naming: Naming, transposed: set[str], dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, path: Path, folding: Folding, naming: Naming, dtype: torch.dtype | None) -> None:
         self.path = path
-        self.adapter = adapter
-        self.transposed = transposed
+        self.folding = folding
         self.sources: dict[str, str] = {}  # written name -> name in the base's file
         self.entries: list[Entry] = []
         for entry in tensor_table(path):
@@ -138,19 +157,10 @@ class _Shard:
         def produce(entry: Entry) -> Tensor:
             if entry.name in added:
                 return added[entry.name].to(DTYPES[entry.dtype])
-            return self._merged(entry.name, handle.get_tensor(self.sources[entry.name])).to(DTYPES[entry.dtype])
+            tensor = handle.get_tensor(self.sources[entry.name])
+            return self.folding.merged(entry.name, tensor).to(DTYPES[entry.dtype])
 
         return produce
-
-    def _merged(self, name: str, tensor: Tensor) -> Tensor:
-        if name in self.adapter.saved:
-            return self.adapter.saved[name]
-        module = name.removesuffix(".weight")
-        update = self.adapter.updates.get(module) if name.endswith(".weight") else None
-        if update is None:
-            return tensor
-        transposed = module in self.transposed
-        return fold(tensor, update.lora_A, update.lora_B, update.scaling, transposed, update.magnitude)
 
 
 def _stored_as(entry: Entry, dtype: torch.dtype | None) -> str:

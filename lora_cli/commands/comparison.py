@@ -1,4 +1,8 @@
-"""A merged model, or an exported adapter, compared with what was trained: base + adapter, on real rows."""
+"""A merged model, or an exported adapter, compared with what was trained: base + adapter, on real rows.
+
+Of a run on a quantized base there are two bases: the full one and what the run saw of it. A merge is judged by the one
+that it was made onto; how far it is from the trained model, and how far the other merge would be, is told besides.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.adapters.injection import quantize
+from lora_cli.adapters.merging import Folding, merge_model
+from lora_cli.adapters.quantized import Quantization
 from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
 from lora_cli.commands.plan import make_plan, position_limit
@@ -41,6 +48,8 @@ class Comparison:
     adapter_mean_kl: float
     limit_mean_kl: float
     dtype: torch.dtype  # of the weights that were written
+    trained: Agreement | None = None  # of a quantized run: the merged model with quantized base + adapter
+    other_way: Agreement | None = None  # and what merges onto the other base, with that
 
     @property
     def within_limit(self) -> bool:
@@ -59,19 +68,24 @@ def compare_merged(
     stored: torch.dtype,
     path: str | None,
     *,
+    onto: Quantization | None = None,
+    dtype: torch.dtype | None = None,
     remote_code: bool = False,
 ) -> Comparison:
-    """Everything in float32, so that what differs is the rounding of the weights alone; one model at a time."""
+    """Everything in float32, so that what differs is the rounding of the weights alone; one model at a time.
+
+    ``onto`` is what the run saw of its base, where the merge was made onto that; ``dtype`` what all of the merged
+    model was rounded to, if it was.
+    """
     rows, source = rows_to_compare(fitted, tokenizer, path)
     rows = fitting_rows(rows, fitted)
+    models = _Models(fitted, rows, remote_code)
     with memory_errors(MEMORY_CURE):
-        base, trained = reference_logits(fitted, rows, remote_code)
-        gc.collect()
-        config = read_config(merged, remote_code=remote_code)
-        model, _ = load_model(merged, config, fitted.task, torch.float32, remote_code=remote_code)
-        agreement = compare(trained, logits_of(model, fitted.task, rows))
-    adapter_kl = compare(trained, base).mean_kl
-    return Comparison(source, agreement, adapter_kl, limit_of(stored, adapter_kl), stored)
+        base, expected = models.adapted(onto)
+        found = models.written(merged)
+        more = models.beside_quantized(onto, expected, found, stored, dtype)
+    adapter_kl = compare(expected, base).mean_kl
+    return Comparison(source, compare(expected, found), adapter_kl, limit_of(stored, adapter_kl), stored, *more)
 
 
 def compare_exported(
@@ -87,20 +101,63 @@ def compare_exported(
     rows, source = rows_to_compare(fitted, tokenizer, path)
     rows = fitting_rows(rows, fitted)
     with memory_errors("type --no-verify to export without loading the base"):
-        base, trained = reference_logits(fitted, rows, remote_code)
-        gc.collect()
-        _, served = reference_logits(exported, rows, remote_code)
+        base, trained = _Models(fitted, rows, remote_code).adapted(None)
+        _, served = _Models(exported, rows, remote_code).adapted(None)
     adapter_kl = compare(trained, base).mean_kl
     return Comparison(source, compare(trained, served), adapter_kl, limit_of(stored, adapter_kl), stored)
 
 
-def reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
-    """The logits of the base alone, and of base + adapter."""
-    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
-    base = logits_of(model, fitted.task, rows)
-    attach_fitted(model, fitted)
-    load_trained(model, {name: tensor.float() for name, tensor in tensors_of(fitted.adapter).items()})
-    return base, logits_of(model, fitted.task, rows)
+@dataclass(frozen=True)
+class _Models:
+    """The logits of the models to compare; each is loaded, run and let go."""
+
+    fitted: FittedAdapter
+    rows: list[Example]
+    remote_code: bool
+
+    def _loaded(self, folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+        gc.collect()  # the one before
+        return load_model(folder, config, self.fitted.task, torch.float32, remote_code=self.remote_code)[0]
+
+    def _base(self) -> PreTrainedModel:
+        return self._loaded(self.fitted.base, self.fitted.config)
+
+    def _logits(self, model: PreTrainedModel) -> Tensor:
+        return logits_of(model, self.fitted.task, self.rows)
+
+    def written(self, folder: Path) -> Tensor:
+        return self._logits(self._loaded(folder, read_config(folder, remote_code=self.remote_code)))
+
+    def adapted(self, quantization: Quantization | None) -> tuple[Tensor, Tensor]:
+        """The logits of the base alone, full or quantized, and of it + adapter."""
+        model = self._base()
+        if quantization is not None:
+            _quantize_from(model, self.fitted.adapter.saved_modules, quantization)
+        base = self._logits(model)
+        attach_fitted(model, self.fitted)
+        load_trained(model, {name: tensor.float() for name, tensor in tensors_of(self.fitted.adapter).items()})
+        return base, self._logits(model)
+
+    def beside_quantized(
+        self, onto: Quantization | None, expected: Tensor, found: Tensor, stored: torch.dtype, dtype: torch.dtype | None
+    ) -> tuple[Agreement | None, Agreement | None]:
+        """How far the merged model is from quantized base + adapter, and how far the other merge is."""
+        quantization = self.fitted.quantization
+        if quantization is None:
+            return None, None
+        trained = expected if onto is not None else self.adapted(quantization)[1]
+        model = self._base()
+        other = quantization if onto is None else None
+        merge_model(model, Folding(self.fitted.adapter, self.fitted.transposed, other), stored, dtype)
+        return compare(trained, found), compare(trained, self._logits(model))
+
+
+def _quantize_from(model: PreTrainedModel, saved: list[str], quantization: Quantization) -> None:
+    """Pack a float32 model's layers as a run did whose base was of another type."""
+    for name in quantization.modules:
+        module = model.get_submodule(name)
+        module.weight.data = module.weight.data.to(quantization.dtype)
+    quantize(model, saved, quantization.kind)
 
 
 def rows_to_compare(

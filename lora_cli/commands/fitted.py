@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
-from lora_cli.adapters.injection import attach, freeze_base, tied_partner
+from lora_cli.adapters.injection import attach, freeze_base, packable_modules, tied_partner
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.quantized import Quantization
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -35,8 +37,22 @@ class FittedAdapter:
 
     @property
     def transposed(self) -> set[str]:
-        """Modules that store their weight (in, out)."""
-        return {name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D)}
+        """Modules and stacked parameters that are stored (in, out)."""
+        modules = dict(self.skeleton.named_modules())
+        stacks = [name for name, update in self.adapter.updates.items() if update.experts > 1]
+        return {name for name, module in modules.items() if isinstance(module, Conv1D)} | {
+            name for name in stacks if getattr(modules[name.rpartition(".")[0]], "is_transposed", False)
+        }
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base was stored while the adapter was trained; None for a dense one, and where nobody tells."""
+        kind, dtype = self.provenance.quantization, self.provenance.quantized_from
+        if kind is None or dtype is None:
+            return None
+        return Quantization(
+            kind, getattr(torch, dtype), frozenset(packable_modules(self.skeleton, self.adapter.saved_modules))
+        )
 
 
 def fit_adapter(

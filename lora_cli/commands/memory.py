@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_cli.commands.plan import Plan
-from lora_cli.commands.trainable import prepare
+from lora_cli.commands.trainable import prepare, quantize_base
 from lora_cli.data.batches import StepPlan, largest_evaluation_batch, tokens_of
 from lora_cli.data.encoding import Example
 from lora_cli.device import available_bytes, process_bytes
@@ -95,6 +96,8 @@ class MemoryPlanner:
             attn_implementation=attention,
             remote_code=remote_code,
         )
+        self.read = tensor_bytes(self.model)
+        quantize_base(self.model, recipe)
         prepare(self.model, recipe)
         self.model.train()
         how = recipe.training.gradient_checkpointing
@@ -131,7 +134,7 @@ class MemoryPlanner:
             logits=min(logits, peak - step.kept) if self.network.head is None else logits,
             temporaries=max(0, peak - step.kept - logits),
             heap=leftover + int(share * peak) if on_cpu else 0,
-            loading=self.process + frozen + trained + (leftover if on_cpu else largest),
+            loading=self.process + self._loading(frozen + trained, on_cpu) + (leftover if on_cpu else largest),
             evaluation=resident + leftover + self._evaluation(steps),
             saving=resident + leftover + 4 * trained,  # moments cut apart, and their bytes
             rows=len(batch),
@@ -139,6 +142,11 @@ class MemoryPlanner:
             limit=self.limit,
             estimated=BY_LOOKS if self.rehearsed else BY_SIZES,
         )
+
+    def _loading(self, kept: int, on_cpu: bool) -> int:
+        """A base is quantized where it is read, from a dense one that is there as a whole."""
+        quantized = self.plan.recipe.model.quantization != "none"
+        return max(self.read, kept) if quantized and on_cpu else kept
 
     def _step(self, batch: list[Example]) -> StepBytes:
         if self.rehearsed:
@@ -173,6 +181,11 @@ class MemoryPlanner:
         frozen = sum(p.nbytes for p in parameters if not p.requires_grad) + sum(b.nbytes for b in self.model.buffers())
         trained = sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT * 4 for p in parameters if p.requires_grad)
         return frozen, trained, max(p.nbytes + p.numel() for p in parameters)
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.merging import Naming, merge_files, merge_loaded
+from lora_cli.adapters.merging import Folding, Naming, merge_files, merge_model
+from lora_cli.adapters.quantized import Quantization
 from lora_cli.commands.adapter_folder import TOKENIZER_FILES, check_new, copy_files
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
@@ -20,6 +21,7 @@ from lora_cli.device import memory_errors
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.models import load_model, quiet, read_config, read_tokenizer
+from lora_cli.ops.packing import library
 from lora_cli.storage import free_bytes, new_folder, write_json
 from lora_cli.tensorfile import DTYPES, tensor_table
 
@@ -40,6 +42,10 @@ class MergeReport:
     adapter_mean_kl: float | None  # what the adapter changes: base + adapter against the base alone
     limit_mean_kl: float | None
     within_limit: bool | None
+    onto: str  # full: the base as it is stored; dequantized: what a run saw of it
+    quantization: str | None  # of the base, while the adapter was trained
+    trained_agreement: Agreement | None  # of a quantized run: of the merged model with quantized base + adapter
+    other_way_agreement: Agreement | None  # and of what merges onto the other base, with that
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,11 +57,12 @@ def merge(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    onto: str = "full",
     rows: str | None = None,
     verify: bool = True,
     remote_code: bool = False,
 ) -> MergeReport:
-    """Write base + adapter as a plain model folder.
+    """Write base + adapter as a plain model folder; ``onto`` says onto which base, where a run quantized it.
 
     Raises ``UsageError`` for an adapter on the wrong base or a folder that exists, ``StorageError`` where the
     merged model differs from the trained one by more than the limit; then no folder is left.
@@ -65,6 +72,7 @@ def merge(
     fitted = fit_adapter(adapter, base, remote_code=remote_code)
     check_not_quantized(fitted)
     check_fingerprint(fitted)
+    quantization = _base_to_merge_onto(fitted, onto, verify=verify)
     wanted = getattr(torch, dtype) if dtype else None
     stored = wanted or _stored_dtype(fitted.base)
     _check_space(fitted.base, output, wanted)
@@ -72,29 +80,53 @@ def merge(
     tokenizer = tokenizer_of(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
-        _merge(fitted, folder, stored, wanted, remote_code)
+        _merge(fitted, folder, stored, wanted, quantization, remote_code)
         _write_config(fitted, folder, wanted, tokenizer_folder)
         copy_files(TOKENIZER_FILES, tokenizer_folder, folder)
         copy_files(COPIED, fitted.base, folder)
         found = None
         if tokenizer is not None:
-            found = compare_merged(fitted, folder, tokenizer, stored, rows, remote_code=remote_code)
+            found = compare_merged(
+                fitted, folder, tokenizer, stored, rows, onto=quantization, dtype=wanted, remote_code=remote_code
+            )
             _check_agreement(found)
-        report = _report(fitted, folder, output, stored, found)
+        report = _report(fitted, folder, output, stored, onto, found)
         write_json(folder / "merge_report.json", report.to_dict())
     return report
 
 
 def _merge(
-    fitted: FittedAdapter, folder: Path, stored: torch.dtype, wanted: torch.dtype | None, remote_code: bool
+    fitted: FittedAdapter,
+    folder: Path,
+    stored: torch.dtype,
+    wanted: torch.dtype | None,
+    onto: Quantization | None,
+    remote_code: bool,
 ) -> None:
-    """Tensor by tensor from file to file; with the whole model in memory where an expert's matrices are stacked."""
+    """Tensor by tensor from file to file; with the whole model in memory where an expert's matrices are stacked.
+
+    Files hold each expert's matrices apart, under names that only transformers puts together and takes apart.
+    """
     if all(update.experts == 1 for update in fitted.adapter.updates.values()):
-        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted, onto)
         return
     with memory_errors("merge on a machine with more memory: stacked experts are merged in memory"), quiet():
         model, _ = load_model(fitted.base, fitted.config, fitted.task, stored, remote_code=remote_code)
-        merge_loaded(model, folder, fitted.adapter, fitted.transposed)
+        merge_model(model, Folding(fitted.adapter, fitted.transposed, onto), stored, wanted)
+        model.save_pretrained(folder)
+
+
+def _base_to_merge_onto(fitted: FittedAdapter, onto: str, *, verify: bool) -> Quantization | None:
+    """What the run saw of its base, if it is to be merged onto that."""
+    quantization = fitted.quantization
+    if onto == "dequantized" and quantization is None:
+        raise UsageError(
+            f"--onto dequantized is for adapters trained on a quantized base, and {fitted.folder} records none",
+            "leave it out",
+        )
+    if quantization is not None and (verify or onto == "dequantized"):
+        library()  # it is needed, and may not be there
+    return quantization if onto == "dequantized" else None
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
@@ -161,7 +193,7 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
 
 
 def _report(
-    fitted: FittedAdapter, folder: Path, output: Path, stored: torch.dtype, found: Comparison | None
+    fitted: FittedAdapter, folder: Path, output: Path, stored: torch.dtype, onto: str, found: Comparison | None
 ) -> MergeReport:
     return MergeReport(
         adapter=os.fspath(fitted.folder),
@@ -174,6 +206,10 @@ def _report(
         adapter_mean_kl=found.adapter_mean_kl if found else None,
         limit_mean_kl=found.limit_mean_kl if found else None,
         within_limit=found.within_limit if found else None,
+        onto=onto,
+        quantization=fitted.provenance.quantization,
+        trained_agreement=found.trained if found else None,
+        other_way_agreement=found.other_way if found else None,
     )
 
 

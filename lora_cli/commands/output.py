@@ -134,7 +134,7 @@ def save_result(
         if config is not None:
             save_adapter(folder, rounded(trained_tensors(model), file_dtype(plan)), config)
             check_trained(folder)
-            Provenance(base_fingerprint, plan.labels).write(folder)
+            _provenance(plan, base_fingerprint).write(folder)
         else:
             with quiet():
                 model.save_pretrained(folder)
@@ -154,6 +154,13 @@ def file_dtype(plan: Plan) -> torch.dtype:
         return dtype
     whole = not kind_of(plan.recipe.lora.init_lora_weights).has_start
     return torch.bfloat16 if plan.dtype == torch.bfloat16 and whole else torch.float32
+
+
+def _provenance(plan: Plan, base_fingerprint: str) -> Provenance:
+    kind = plan.recipe.model.quantization
+    if kind == "none":
+        return Provenance(base_fingerprint, plan.labels)
+    return Provenance(base_fingerprint, plan.labels, kind, str(plan.dtype).removeprefix("torch."))
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> None:

@@ -27,6 +27,7 @@ from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
 from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
+from lora_cli.ops.packing import library
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
 from lora_cli.recipe.rules import was_changed
 from lora_cli.recipe.schema import AUTO_ROWS
@@ -87,6 +88,8 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         with problems:
             check_trackers(recipe.training.report_to)
         with problems:
+            check_quantization(recipe)
+        with problems:
             config, folder = load_config(recipe.model, remote_code=remote_code)
         with problems:
             tokenizer = load_tokenizer(recipe.model, remote_code=remote_code)
@@ -131,6 +134,17 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         )
         _check_disk(plan)
         return plan
+
+
+def check_quantization(recipe: Recipe) -> None:
+    """Raises ``UsageError`` where bitsandbytes is missing, ``RecipeError`` on a device that it does not serve."""
+    kind, device = recipe.model.quantization, choose_device(recipe.training.use_cpu)
+    if kind == "none":
+        return
+    if device.type not in ("cpu", "cuda"):
+        message = f"{kind} works on CUDA and on the CPU, not on {device.type}"
+        raise RecipeError([Mistake(("model", "quantization"), message, "set training.use_cpu: true, or remove it")])
+    library()
 
 
 def _read_rows(recipe: Recipe) -> tuple[Reading, Reading | None]:

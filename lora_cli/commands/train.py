@@ -21,8 +21,8 @@ from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
-from lora_cli.commands.trainable import prepare
-from lora_cli.device import keep_freed_memory, memory_errors
+from lora_cli.commands.trainable import prepare, quantize_base
+from lora_cli.device import give_back_freed_memory, keep_freed_memory, memory_errors
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError, UsageError
 from lora_cli.fusion.network import Network
@@ -279,6 +279,8 @@ def build_model(
         remote_code=remote_code,
     )
     _check_missing(missing, plan, base)
+    if quantize_base(model, recipe):
+        give_back_freed_memory()  # the dense weights
     prepare(model, recipe)
     sharded = is_sharded(plan, world)
     if not sharded:

@@ -19,6 +19,7 @@ from lora_cli.adapters.injection import (
     freeze_base,
     outermost,
     parametrisation,
+    quantize,
     tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
@@ -76,9 +77,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
         model.requires_grad_(True)
         return [], []
     if recipe.lora.init_from is not None:
-        return _prepare_as(model, recipe, read_adapter(Path(recipe.lora.init_from).expanduser()))
-    saved = find_saved(model, recipe.lora.modules_to_save)
-    saved = outermost([*head_modules(model, recipe.task), *saved])
+        return _prepare_as(model, recipe, _origin(recipe.lora.init_from))
+    saved = _in_full(model, recipe)
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
@@ -88,7 +88,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
 def _prepare_as(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> tuple[list[Target], list[str]]:
     """The same for a run that goes on from an adapter: its modules, ranks, scales and kind are taken over."""
     _check_fits(model, recipe, adapter)
-    saved = outermost([*head_modules(model, recipe.task), *adapter.saved_modules])
+    saved = _in_full(model, recipe)
     targets = targets_of(adapter)
     attach(model, targets, Parametrisation(recipe.lora.lora_dropout, adapter.use_dora))
     freeze_base(model, saved)
@@ -111,12 +111,36 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         raise RecipeError([Mistake(path, f"holds {name} in full, which shares its weight with {partner}")])
 
 
+def quantize_base(model: PreTrainedModel, recipe: Recipe) -> bool:
+    """Pack a base's linear layers as the recipe says, in place, before it is prepared; whether it says so.
+
+    The skeleton that parameters are counted in stays dense: four bits are still one parameter each.
+    """
+    if recipe.model.quantization == "none":
+        return False
+    quantize(model, _in_full(model, recipe), recipe.model.quantization)
+    return True
+
+
+def _in_full(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """The modules that are trained in full."""
+    origin = recipe.lora.init_from
+    saved = find_saved(model, recipe.lora.modules_to_save) if origin is None else _origin(origin).saved_modules
+    return outermost([*head_modules(model, recipe.task), *saved])
+
+
+def _origin(folder: str) -> Adapter:
+    """The adapter that a run goes on from."""
+    return read_adapter(Path(folder).expanduser())
+
+
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     """Refuse what would fail, or be lost, only after the weights are loaded."""
     mistakes = []
     if getattr(model.config, "quantization_config", None) is not None:
-        message = "is stored quantized, and quantized bases are not supported yet"
-        mistakes.append(Mistake(("model", "path"), message, "name the base that it was made from"))
+        message = "is stored quantized, and only bases that this tool quantizes itself can be trained on"
+        cure = "name the base that it was made from, with model.quantization: nf4 or int8"
+        mistakes.append(Mistake(("model", "path"), message, cure))
     if reason := refuses(
         model.skeleton, recipe.training.gradient_checkpointing, choose_device(recipe.training.use_cpu)
     ):

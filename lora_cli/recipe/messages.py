@@ -37,9 +37,9 @@ FOREIGN_KEYS = {
     "bias": "biases stay frozen: servers such as vLLM refuse adapters that train them",
     "task_type": "write task: causal_lm or task: sequence_classification",
     "trust_remote_code": "a recipe cannot allow remote code; type the flag --trust-remote-code",
-    "load_in_4bit": "quantized bases are not supported yet",
-    "load_in_8bit": "quantized bases are not supported yet",
-    "quantization": "quantized bases are not supported yet",
+    "load_in_4bit": "write model.quantization: nf4",
+    "load_in_8bit": "write model.quantization: int8",
+    "quantization_bit": "write model.quantization: nf4 (4 bits) or int8 (8 bits)",
     "loftq_config": "LoftQ is not supported yet (it quantizes the base itself, so it never goes with an "
     "already quantized model)",
     "packing": "rows are never packed into one another",

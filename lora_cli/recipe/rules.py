@@ -22,6 +22,8 @@ EVALUATION_METRICS = {
     ),
 }
 
+STARTS_FROM_WEIGHTS = ("pissa", "olora", "lora_ga")  # initialisations whose kind needs a dense base
+
 
 OF_AN_ADAPTER = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
@@ -78,6 +80,37 @@ def _float32_for_full(recipe: Recipe, source: Source) -> Iterator[Mistake]:
             ("model", "dtype"),
             f"{recipe.model.dtype} weights lose small updates when they are trained in full",
             "use float32 (or auto) with method: full",
+        )
+
+
+def _quantized_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    kind, method = recipe.model.quantization, recipe.method
+    if kind != "none" and method != "lora":
+        what = "trains the weights themselves" if method == "full" else "writes a whole model, of plain weights"
+        yield Mistake(
+            ("model", "quantization"),
+            f"{kind} cannot be combined with method: {method}, which {what}",
+            "remove it, or use method: lora",
+        )
+
+
+def _quantized_begins_as_it_is(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    kind, start = recipe.model.quantization, str(recipe.lora.init_lora_weights).lower()
+    if kind != "none" and start.startswith(STARTS_FROM_WEIGHTS):
+        yield Mistake(
+            ("lora", "init_lora_weights"),
+            f"{start} begins from the base's own weights, and an {kind} base no longer has them",
+            "use true, gaussian, orthogonal or eva, or remove model.quantization",
+        )
+
+
+def _quantized_is_not_sharded(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    if recipe.model.quantization != "none" and recipe.training.strategy == "fsdp":
+        yield Mistake(
+            ("training", "strategy"),
+            "fsdp cannot be combined with model.quantization: it cuts weights up by rows, and packed ones have blocks "
+            "and scales instead",
+            "use ddp, or remove model.quantization",
         )
 
 
@@ -265,6 +298,9 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _one_model,
     _attention_is_no_code,
     _float32_for_full,
+    _quantized_is_for_lora,
+    _quantized_begins_as_it_is,
+    _quantized_is_not_sharded,
     _method_keys,
     _adapter_brings_its_own,
     _training_of_adapters,

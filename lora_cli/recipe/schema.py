@@ -65,6 +65,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it fast, else float32"
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="store the frozen linear layers in 4 or 8 bits (bitsandbytes); they compute in `dtype`"
+    )
     attn_implementation: Text = Field("auto", description="auto, or a name that transformers knows")
     tokenizer: Text | None = Field(
         default_factory=lambda data: data.get("path"),

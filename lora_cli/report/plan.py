@@ -41,6 +41,8 @@ def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
 def _model(plan: Plan) -> str:
     config, commit = plan.model.config, plan.model.folder.commit if plan.model.folder else None
     dtype = str(plan.dtype).removeprefix("torch.")
+    if plan.recipe.model.quantization != "none":
+        dtype = f"{plan.recipe.model.quantization}, computing in {dtype}"
     revision = f", commit {commit[:12]}" if commit else ""
     return f"{plan.recipe.model.name} ({config.model_type}, {dtype} on {plan.device.type}{revision})"
 

@@ -37,6 +37,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "model.config": ("{model_type: llama}", {"model_type": "llama"}, "x", "must be a mapping of keys to values"),
     "model.revision": ("main", "main", "''", EMPTY),
     "model.dtype": ("bfloat16", "bfloat16", "bf16", "must be auto, float32, bfloat16 or float16, not the text 'bf16'"),
+    "model.quantization": ("nf4", "nf4", "fp4", "must be none, nf4 or int8, not the text 'fp4'"),
     "model.attn_implementation": ("eager", "eager", "''", EMPTY),
     "model.tokenizer": ("t", "t", "[t]", "must be a text, not a list"),
     "dataset": ("{path: x}", {"path": ["x"]}, "3", "must be a section with keys, not 3"),
@@ -155,6 +156,7 @@ DEFAULTS: dict[str, Any] = {
     "model.config": None,
     "model.revision": None,
     "model.dtype": "auto",
+    "model.quantization": "none",
     "model.attn_implementation": "auto",
     "model.tokenizer": "m",  # = path
     "dataset.name": None,
@@ -318,7 +320,7 @@ def test_defaults_that_follow_other_keys(given: list[str], key: str, value: Any,
     assert value_of(load_recipe(start, given).recipe, key) == value
 
 
-@pytest.mark.parametrize("key", ["model.quantization", "lora.loftq_config"])
+@pytest.mark.parametrize("key", ["lora.loftq_config"])
 def test_keys_of_the_design_that_are_yet_to_come_say_so(key: str, start: Path):
     with pytest.raises(RecipeError, match="not supported yet"):
         load_recipe(start, [f"{key}=nf4"])
