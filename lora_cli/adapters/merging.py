@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.adapters.files import Adapter
+from lora_cli.adapters.injection import tied_partner
 from lora_cli.adapters.layer import fold
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
@@ -70,10 +71,21 @@ def merge_files(
         write_json(folder / "model.safetensors.index.json", index)
 
 
+def with_partners(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with its rows in both tables of a tied pair: files may hold either of them, or both."""
+    tokens = dict(adapter.tokens)
+    for name, table in adapter.tokens.items():
+        if partner := tied_partner(model, name):
+            tokens[partner] = table
+    return replace(adapter, tokens=tokens)
+
+
 def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
     """Parameters trained in full that the base's files do not hold: a new head."""
     held = {naming.parameter(entry.name) for path in files for entry in tensor_table(path)}
     absent = [name for name in adapter.updates if f"{name}.weight" not in held]
+    written = {id(table) for name, table in adapter.tokens.items() if f"{name}.weight" in held}
+    absent += [name for name, table in adapter.tokens.items() if id(table) not in written]  # one of a tied pair will do
     if absent:
         raise UsageError(f"the base's files hold no weight for {', '.join(sorted(absent)[:4])}")
     return {name: tensor for name, tensor in adapter.saved.items() if name not in held}
@@ -122,6 +134,9 @@ class _Shard:
         if name in self.adapter.saved:
             return self.adapter.saved[name]
         module = name.removesuffix(".weight")
+        table = self.adapter.tokens.get(module) if name.endswith(".weight") else None
+        if table is not None:
+            return tensor.float().index_copy(0, torch.tensor(table.ids), table.rows.float())
         update = self.adapter.updates.get(module) if name.endswith(".weight") else None
         if update is None:
             return tensor

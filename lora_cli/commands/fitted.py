@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
 from lora_cli.adapters.injection import attach, freeze_base, tied_partner
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.tokens import attach_rows
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -68,12 +68,20 @@ def fit_adapter(
 
 def _check_ties(fitted: FittedAdapter) -> None:
     """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
-    for name in fitted.adapter.saved_modules:
+    parts = dict.fromkeys(fitted.adapter.saved_modules, "in full") | dict.fromkeys(
+        copied_rows(fitted.skeleton, fitted.adapter), "in part"
+    )
+    for name, how in parts.items():
         if partner := tied_partner(fitted.skeleton, name):
             raise UsageError(
-                f"{fitted.folder} was trained with {name} in full, which shares its weight with {partner} "
+                f"{fitted.folder} was trained with {name} {how}, which shares its weight with {partner} "
                 f"in {fitted.base}: this is not supported"
             )
+
+
+def copied_rows(model: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """Tables beside the input embedding with rows of their own; a head that is tied to it has the embedding's."""
+    return [name for name in adapter.tokens if model.get_submodule(name) is not model.get_input_embeddings()]
 
 
 def _base_folder(folder: Path, adapter: Adapter, base: str | None, weights: bool, remote_code: bool) -> Path:
@@ -97,7 +105,8 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
     return names if count == config.num_labels else [f"LABEL_{index}" for index in range(count)]
 
 
-def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
+def attach_fitted(model: PreTrainedModel, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
     attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=fitted.adapter.use_dora))
     freeze_base(model, fitted.adapter.saved_modules)
+    attach_rows(model, {name: table.ids for name, table in fitted.adapter.tokens.items()})

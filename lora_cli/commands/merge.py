@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.merging import Naming, merge_files
+from lora_cli.adapters.merging import Naming, merge_files, with_partners
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
 from lora_cli.commands.fitted import FittedAdapter, fit_adapter
@@ -81,7 +81,8 @@ def merge(
     tokenizer = _tokenizer(fitted, tokenizer_folder, remote_code) if verify else None
     # 2. merge, verify and publish: a kill before the last rename leaves no folder
     with new_folder(output) as folder:
-        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted)
+        parts = with_partners(fitted.adapter, fitted.skeleton)
+        merge_files(fitted.base, folder, parts, _naming(fitted), fitted.transposed, wanted)
         _write_config(fitted, folder, wanted, tokenizer_folder)
         _copy(TOKENIZER_FILES, tokenizer_folder, folder)
         _copy(COPIED, fitted.base, folder)

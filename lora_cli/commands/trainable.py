@@ -22,6 +22,8 @@ from lora_cli.adapters.injection import (
     tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.tokens import attach_rows, find_rows, rows_of
+from lora_cli.commands.fitted import copied_rows
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import repeated_layers
@@ -56,6 +58,11 @@ class ModelPlan:
     counted: Counted
 
     @property
+    def rows(self) -> dict[str, list[int]]:
+        """The ids of single trained rows, by the table they are in."""
+        return {name: list(table.ids) for name, table in rows_of(self.skeleton).items()}
+
+    @property
     def uses_dora(self) -> bool:
         return any(layer.lora_magnitude_vector is not None for layer in adapters_of(self.skeleton).values())
 
@@ -80,8 +87,10 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
     saved = find_saved(model, recipe.lora.modules_to_save)
     saved = outermost([*head_modules(model, recipe.task), *saved])
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
+    rows = find_rows(model, recipe.lora.trainable_token_indices, saved)
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
+    attach_rows(model, rows)
     return targets, saved
 
 
@@ -92,6 +101,7 @@ def _prepare_as(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> tup
     targets = targets_of(adapter)
     attach(model, targets, Parametrisation(recipe.lora.lora_dropout, adapter.use_dora))
     freeze_base(model, saved)
+    attach_rows(model, {name: table.ids for name, table in adapter.tokens.items()})
     return targets, saved
 
 
@@ -105,10 +115,11 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         message = f"does not fit this model: {wrong[0]}{more}"
         raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
-    tied = [(name, partner) for name in adapter.saved_modules if (partner := tied_partner(model, name))]
+    copies = [*adapter.saved_modules, *copied_rows(model, adapter)]
+    tied = [(name, partner) for name in copies if (partner := tied_partner(model, name))]
     if tied:
         name, partner = tied[0]
-        raise RecipeError([Mistake(path, f"holds {name} in full, which shares its weight with {partner}")])
+        raise RecipeError([Mistake(path, f"holds a copy of {name}, which shares its weight with {partner}")])
 
 
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:

@@ -26,6 +26,7 @@ EVALUATION_METRICS = {
 OF_AN_ADAPTER = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
+    "trainable_token_indices",
 )
 
 
@@ -123,6 +124,13 @@ def _config_of_its_kind(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     for key, kind in kinds.items():
         if recipe.lora.init_lora_weights != kind and was_changed(recipe.lora, "lora", key, source):
             yield Mistake(("lora", key), f"belongs to init_lora_weights: {kind}", "remove it, or ask for that")
+
+
+def _each_row_once(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    ids = recipe.lora.trainable_token_indices
+    for place, token in enumerate(ids):
+        if token in ids[:place]:
+            yield Mistake(("lora", "trainable_token_indices", place), f"names {token} again", "remove it")
 
 
 def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
@@ -249,6 +257,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _training_of_adapters,
     _orthogonal_is_even,
     _config_of_its_kind,
+    _each_row_once,
     _task_format,
     _split_is_for_text,
     _evaluation_source,

@@ -145,6 +145,9 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
     modules_to_save: StringList = Field([], description="modules trained in full; a classifier head is added by itself")
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="ids of tokens whose rows of the input embedding (and of a head tied to it) are trained"
+    )
     init_from: Text | None = Field(
         None,
         description="folder of an adapter (ours or PEFT's) to go on from: its modules, ranks, scales and kind are "

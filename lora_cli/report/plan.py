@@ -24,6 +24,10 @@ def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
         rows.append(("adapter", _adapter(plan)))
     if plan.model.saved:
         rows.append(("in full", ", ".join(plan.model.saved)))
+    if tables := plan.model.rows:
+        rows.append(
+            ("single rows", ", ".join(f"{plural(len(ids), 'token')} of {name}" for name, ids in tables.items()))
+        )
     if plan.labels:
         rows.append(("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")))
     rows += [("rows", _rows(plan)), ("tokens", _tokens(plan))]

@@ -237,7 +237,6 @@ def test_a_pickled_adapter_is_refused_with_the_reason(saved):
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [1]),
         ("use_qalora", True),

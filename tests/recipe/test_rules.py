@@ -36,6 +36,7 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             "rank_pattern": "{q_proj: 2}",
             "alpha_pattern": "{q_proj: 2}",
             "modules_to_save": "[norm]",
+            "trainable_token_indices": "[5]",
             "use_dora": "true",
             "init_lora_weights": "gaussian",
         }.items()
@@ -77,6 +78,13 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "lora.lora_ga_config",
         "belongs to init_lora_weights: lora_ga",
         ["lora.init_lora_weights=lora_ga", "lora.lora_ga_config={rows: 1}"],
+    ),
+    (
+        "_each_row_once",
+        ["lora.trainable_token_indices=[5, 2, 5]"],
+        "lora.trainable_token_indices",
+        "names 5 again",
+        ["lora.trainable_token_indices=[5, 2, 4]"],
     ),
     ("_one_model", ["model.path=null"], "model", "needs a path, or a config for a random model", []),
     ("_one_model", ["model.config={model_type: llama}"], "model", "has both a path and a config", RANDOM),

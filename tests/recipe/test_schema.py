@@ -72,6 +72,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "lora.rank_pattern": ("{q_proj: 4}", {"q_proj": 4}, "{q_proj: 0}", ONE_OR_MORE),
     "lora.alpha_pattern": ("{q_proj: 4.5}", {"q_proj": 4.5}, "{q_proj: 0}", POSITIVE),
     "lora.modules_to_save": ("[embed_tokens]", ["embed_tokens"], "3", TEXTS.format("3")),
+    "lora.trainable_token_indices": ("[5, 2]", [5, 2], "[-1]", "must be 0 or more"),
     "lora.init_from": ("there", "there", "''", EMPTY),
     "lora.use_dora": ("true", True, "x", YES_NO),
     "lora.init_lora_weights": (
@@ -181,6 +182,7 @@ DEFAULTS: dict[str, Any] = {
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.modules_to_save": [],
+    "lora.trainable_token_indices": [],
     "lora.init_from": None,
     "lora.use_dora": False,
     "lora.init_lora_weights": True,
