@@ -112,7 +112,12 @@ class _Shard:
             written = naming.written(entry.name)
             if written is not None:
                 self.sources[written] = entry.name
-                self.entries.append(Entry(written, _stored_as(entry, dtype), entry.shape))
+                self.entries.append(Entry(written, _stored_as(entry, dtype), self._shape(written, entry.shape)))
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape when it is written: a table grows by the rows of new tokens."""
+        table = self.adapter.tokens.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return shape if table is None else (max(shape[0], *(i + 1 for i in table.ids)), *shape[1:])
 
     def producer(self, added: dict[str, Tensor]):  # type: ignore[no-untyped-def]
         """The function that makes each tensor of the new file."""
@@ -136,7 +141,9 @@ class _Shard:
         module = name.removesuffix(".weight")
         table = self.adapter.tokens.get(module) if name.endswith(".weight") else None
         if table is not None:
-            return tensor.float().index_copy(0, torch.tensor(table.ids), table.rows.float())
+            written = torch.zeros(self._shape(name, tuple(tensor.shape)))
+            written[: len(tensor)] = tensor
+            return written.index_copy_(0, torch.tensor(table.ids), table.rows.float())
         update = self.adapter.updates.get(module) if name.endswith(".weight") else None
         if update is None:
             return tensor

@@ -5,6 +5,7 @@ Shape suffixes: V vocabulary, D hidden size, T trained rows; `...` any leading d
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,22 +127,59 @@ class TrainedOutputs(_RowsOver):
         return self.base.bias
 
 
-def find_rows(model: PreTrainedModel, ids: list[int], saved: list[str]) -> dict[str, list[int]]:
-    """The table whose rows `trainable_token_indices` names: the input embedding; none where no row is named.
+@torch.no_grad()
+def make_room(model: PreTrainedModel, new: list[int]) -> None:
+    """Give new tokens rows in the embedding and the head, in place: the mean of the rows before them.
 
-    Raises ``RecipeError`` for ids that the model does not embed, an embedding that is trained in full
-    (``saved``), and one that is no plain table.
+    Tables that have no rows for them grow, and with them the vocabulary in the model's configuration.
     """
-    if not ids:
-        return {}
-    table = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is table)
-    if reason := _why_not(model, name, table):
-        raise RecipeError([Mistake(KEY, reason, "remove it")])
-    if is_below(name, saved):
-        raise RecipeError(
-            [Mistake(KEY, f"names rows of {name}, which is trained in full", "name it in one of the two")]
-        )
+    if not new:
+        return
+    if max(new) >= model.get_input_embeddings().weight.shape[0]:
+        model.config = copy.deepcopy(model.config)  # other models may be built from the one that was given
+        model.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    for table in word_tables(model).values():
+        table.weight[new] = table.weight[: min(new)].mean(0, dtype=torch.float32).to(table.weight.dtype)
+
+
+def make_room_for(model: PreTrainedModel, tables: dict[str, TokenRows]) -> None:
+    """The same for an adapter with rows behind those of its base: they must be the next ones, in each word table."""
+    count = model.get_input_embeddings().weight.shape[0]
+    new = sorted({i for table in tables.values() for i in table.ids if i >= count})
+    covered = {name for name, table in tables.items() if {*new} <= {*table.ids}}
+    is_next = new == list(range(count, count + len(new)))
+    if is_next and all(name in covered or tied_partner(model, name) in covered for name in word_tables(model)):
+        make_room(model, new)
+
+
+def word_tables(model: PreTrainedModel) -> dict[str, Any]:
+    """The input embedding and the output head, by name."""
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
+
+
+def find_rows(
+    model: PreTrainedModel, ids: list[int], saved: list[str], new: list[int] | None = None
+) -> dict[str, list[int]]:
+    """The rows to train: of the input embedding those that `trainable_token_indices` names, by its name.
+
+    Rows of ``new`` tokens, for which there is room already, are trained there too, and in a head of its own. Raises
+    ``RecipeError`` for ids that the model does not embed, and for tables that cannot be trained so.
+    """
+    new = new or []
+    tables = word_tables(model) if ids or new else {}
+    rows: dict[str, list[int]] = {}
+    for name, table in tables.items():
+        is_head = table is not model.get_input_embeddings()
+        if is_head and (not new or tied_partner(model, name)):
+            continue
+        if reason := _why_not(model, name, table, saved):
+            raise RecipeError([Mistake(("dataset", "new_tokens") if new else KEY, reason, "remove it")])
+        rows[name] = new if is_head else [*_known(table, ids), *(i for i in new if i not in ids)]
+    return rows
+
+
+def _known(table: Any, ids: list[int]) -> list[int]:
     last = table.weight.shape[0] - 1
     mistakes = [
         Mistake((*KEY, place), f"has no row {i}: this model embeds ids 0 to {last}")
@@ -150,17 +188,21 @@ def find_rows(model: PreTrainedModel, ids: list[int], saved: list[str]) -> dict[
     ]
     if mistakes:
         raise RecipeError(mistakes)
-    return {name: list(ids)}
+    return ids
 
 
-def _why_not(model: PreTrainedModel, name: str, table: nn.Module) -> str | None:
+def _why_not(model: PreTrainedModel, name: str, table: Any, saved: list[str]) -> str | None:
     """What keeps single rows of a table from being trained."""
-    plain = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and hasattr(table, "embed_scale"))
-    if not plain or table.max_norm is not None:
-        return f"cannot be used: {name} of this model is a {type(table).__name__}, and no plain table"
-    partner = tied_partner(model, name)
-    if partner is not None and type(model.get_output_embeddings()) is not nn.Linear:
+    if is_below(name, saved):
+        return f"trains rows of {name}, which is trained in full"
+    partner, head = tied_partner(model, name), model.get_output_embeddings()
+    if partner is not None and type(head) is not nn.Linear:
         return f"cannot be used: {name} shares its weight with {partner}, which is no plain output head"
+    if getattr(head, "bias", None) is not None and (table is head or partner is not None):
+        return "cannot be used: this model's output head has a bias, which PEFT leaves out where it trains rows"
+    plain = type(table) in (nn.Embedding, nn.Linear) or hasattr(table, "embed_scale")
+    if not plain or getattr(table, "max_norm", None) is not None:
+        return f"cannot be used: {name} of this model is a {type(table).__name__}, and no plain table"
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
 from lora_cli.commands.plan import make_plan, position_limit
@@ -77,6 +78,7 @@ def compare_merged(
 def _reference_logits(fitted: FittedAdapter, rows: list[Example], remote_code: bool) -> tuple[Tensor, Tensor]:
     """The logits of the base alone, and of base + adapter."""
     model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32, remote_code=remote_code)
+    make_room_for(model, fitted.adapter.tokens)
     base = logits_of(model, fitted.task, rows)
     attach_fitted(model, fitted)
     load_trained(model, {name: tensor.float() for name, tensor in tensors_of(fitted.adapter).items()})

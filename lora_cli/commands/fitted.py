@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
 from lora_cli.adapters.injection import attach, freeze_base, tied_partner
 from lora_cli.adapters.layer import Parametrisation
-from lora_cli.adapters.tokens import attach_rows
+from lora_cli.adapters.tokens import attach_rows, make_room_for
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -34,6 +34,12 @@ class FittedAdapter:
         return self.adapter.task
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many words the base has with those of the adapter; None where the adapter brings none."""
+        embedded = int(getattr(self.skeleton.get_input_embeddings(), "num_embeddings", 0))
+        return embedded if embedded > self.config.get_text_config().vocab_size else None
+
+    @property
     def transposed(self) -> set[str]:
         """Modules that store their weight (in, out)."""
         return {name for name, module in self.skeleton.named_modules() if isinstance(module, Conv1D)}
@@ -53,6 +59,7 @@ def fit_adapter(
     if adapter.task == "sequence_classification":
         set_labels(config, _labels(adapter, provenance, config))
     skeleton = empty_model(config, adapter.task, remote_code=remote_code)
+    make_room_for(skeleton, adapter.tokens)
     fitted = FittedAdapter(folder, adapter, provenance, base_folder, config, skeleton)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
     wrong = mismatches(adapter, shapes, fitted.transposed)
@@ -107,6 +114,7 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
 
 def attach_fitted(model: PreTrainedModel, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
+    make_room_for(model, fitted.adapter.tokens)
     attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=fitted.adapter.use_dora))
     freeze_base(model, fitted.adapter.saved_modules)
     attach_rows(model, {name: table.ids for name, table in fitted.adapter.tokens.items()})

@@ -95,7 +95,7 @@ class MemoryPlanner:
             attn_implementation=attention,
             remote_code=remote_code,
         )
-        prepare(self.model, recipe)
+        prepare(self.model, recipe, plan.model.new_ids)
         self.model.train()
         how = recipe.training.gradient_checkpointing
         if how:

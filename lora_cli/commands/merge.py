@@ -168,7 +168,7 @@ def _tokenizer(fitted: FittedAdapter, folder: Path | None, remote_code: bool) ->
 
 def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | None, tokenizer: Path | None) -> None:
     """The base's configuration; a classifier's says what its head is and which id is padding."""
-    if fitted.task == "causal_lm" and wanted is None:
+    if fitted.task == "causal_lm" and wanted is None and fitted.vocabulary is None:
         shutil.copyfile(fitted.base / "config.json", folder / "config.json")
         return
     config = read_config(fitted.base)
@@ -179,6 +179,8 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
             config.pad_token_id = read_tokenizer(tokenizer).pad_token_id
     if wanted is not None:
         config.dtype = wanted
+    if fitted.vocabulary is not None:
+        config.get_text_config().vocab_size = fitted.vocabulary
     with quiet():
         config.save_pretrained(folder)
 

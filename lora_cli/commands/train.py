@@ -279,7 +279,7 @@ def build_model(
         remote_code=remote_code,
     )
     _check_missing(missing, plan, base)
-    prepare(model, recipe)
+    prepare(model, recipe, plan.model.new_ids)
     sharded = is_sharded(plan, world)
     if not sharded:
         model.to(plan.device)

@@ -133,6 +133,18 @@ def _each_row_once(recipe: Recipe, source: Source) -> Iterator[Mistake]:
             yield Mistake(("lora", "trainable_token_indices", place), f"names {token} again", "remove it")
 
 
+def _new_tokens_are_an_adapter_s(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    path, tokens = ("dataset", "new_tokens"), recipe.dataset.new_tokens
+    if tokens and recipe.method != "lora":
+        yield Mistake(path, f"cannot be used with method: {recipe.method}", "use method: lora")
+    if tokens and recipe.lora.init_from is not None:
+        message = "cannot be added to those of the adapter in init_from"
+        yield Mistake(path, message, "remove it; model.tokenizer can name the adapter's folder")
+    for place, token in enumerate(tokens):
+        if token in tokens[:place]:
+            yield Mistake((*path, place), f"names {token} again", "remove it")
+
+
 def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     labelled = recipe.dataset.format == "labelled"
     if recipe.task == "sequence_classification" and not labelled and recipe.dataset.format != "auto":
@@ -258,6 +270,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _orthogonal_is_even,
     _config_of_its_kind,
     _each_row_once,
+    _new_tokens_are_an_adapter_s,
     _task_format,
     _split_is_for_text,
     _evaluation_source,

@@ -97,6 +97,9 @@ class DatasetSection(Section):
         description="longer rows: truncate, skip, split (text only) or error; always reported "
         "(default: split for text, else truncate)",
     )
+    new_tokens: StringList = Field(
+        [], description="texts that become tokens of their own; their rows of embedding and output head are trained"
+    )
     eval_path: Strings | None = Field(None, description="rows to evaluate on, as `path`")
     eval_split: Split | None = Field(None, description="split to evaluate on")
     eval_size: CountOrFraction = Field(0, description="rows (or fraction of them) kept out for evaluation")

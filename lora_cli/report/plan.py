@@ -24,6 +24,8 @@ def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
         rows.append(("adapter", _adapter(plan)))
     if plan.model.saved:
         rows.append(("in full", ", ".join(plan.model.saved)))
+    if tokens := plan.recipe.dataset.new_tokens:
+        rows.append(("new tokens", f"{', '.join(tokens[:8])}{' ...' if len(tokens) > 8 else ''}"))
     if tables := plan.model.rows:
         rows.append(
             ("single rows", ", ".join(f"{plural(len(ids), 'token')} of {name}" for name, ids in tables.items()))

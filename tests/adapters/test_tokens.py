@@ -177,7 +177,7 @@ def test_a_merged_base_that_stores_both_of_a_tied_pair_has_the_rows_in_both(tmp_
         ({"lora.trainable_token_indices": [5, 400]}, "trainable_token_indices has no row 400: this model embeds"),
         (
             {"lora.trainable_token_indices": [5], "lora.modules_to_save": ["embed_tokens"]},
-            "names rows of model.embed_tokens, which is trained in full",
+            "trains rows of model.embed_tokens, which is trained in full",
         ),
         ({"lora.trainable_token_indices": [5], "method": "full"}, "has no effect with method: full"),
     ],

@@ -86,6 +86,14 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "names 5 again",
         ["lora.trainable_token_indices=[5, 2, 4]"],
     ),
+    *(
+        ("_new_tokens_are_an_adapter_s", [f"dataset.new_tokens={tokens}", *more], "dataset.new_tokens", message, kept)
+        for tokens, more, message, kept in [
+            ("[<a>]", ["method=full"], "cannot be used with method: full", ["dataset.new_tokens=[<a>]"]),
+            ("[<a>]", ["lora.init_from=x"], "cannot be added to those of the adapter", ["dataset.new_tokens=[<a>]"]),
+            ("[<a>, <a>]", [], "names <a> again", ["dataset.new_tokens=[<a>, <b>]"]),
+        ]
+    ),
     ("_one_model", ["model.path=null"], "model", "needs a path, or a config for a random model", []),
     ("_one_model", ["model.config={model_type: llama}"], "model", "has both a path and a config", RANDOM),
     ("_one_model", [*RANDOM, "model.config={}"], "model.config", "needs model_type, for example llama", RANDOM),

@@ -55,6 +55,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "dataset.train_on_prompt": ("true", True, "x", YES_NO),
     "dataset.max_length": ("2", 2, "1", "must be 2 or more"),
     "dataset.too_long": ("split", "split", "drop", "must be truncate, skip, split or error, not the text 'drop'"),
+    "dataset.new_tokens": ("[<a>, <b>]", ["<a>", "<b>"], "[3]", TEXTS.format("[3]")),
     "dataset.eval_path": ("a.jsonl", ["a.jsonl"], "[]", TEXTS.format("[]")),
     "dataset.eval_split": ("test[10%:]", "test[10%:]", "train[", SPLIT),
     "dataset.eval_size": ("0.5", 0.5, "1.5", "must be a count (0 or more) or a fraction between 0 and 1, not 1.5"),
@@ -166,6 +167,7 @@ DEFAULTS: dict[str, Any] = {
     "dataset.train_on_prompt": False,
     "dataset.max_length": 2048,
     "dataset.too_long": None,  # truncate; running text is split
+    "dataset.new_tokens": [],
     "dataset.eval_path": None,
     "dataset.eval_split": None,
     "dataset.eval_size": 0,
