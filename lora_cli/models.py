@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -34,6 +35,9 @@ AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
     "sequence_classification": AutoModelForSequenceClassification,
 }
+
+
+TRAIN_ONE = "remove it; lora.trainable_token_indices trains the row of a token that is there"
 
 
 @contextmanager
@@ -250,6 +254,32 @@ def read_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedToke
     if not tokenizer.is_fast:
         raise UsageError(f"{folder} holds no fast tokenizer (tokenizer.json)")
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[int]:
+    """Add new tokens to a tokenizer, in place, and return their ids.
+
+    Raises ``RecipeError`` for one that it knows already, and for one that it would not find in a text.
+    """
+    known = tokenizer.get_vocab()
+    path = ("dataset", "new_tokens")
+    there = [place for place, token in enumerate(tokens) if token in known]
+    if there:
+        raise RecipeError(
+            [
+                Mistake(
+                    (*path, place), f"{tokens[place]} is a token already, with id {known[tokens[place]]}", TRAIN_ONE
+                )
+                for place in there
+            ]
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
+    taken = {*known.values()}
+    for place, (token, number) in enumerate(zip(tokens, ids, strict=True)):
+        if number in taken or tokenizer(token, add_special_tokens=False)["input_ids"] != [number]:
+            raise RecipeError([Mistake((*path, place), f"{token!r} cannot be a token of this tokenizer", "rename it")])
+    return ids
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,6 +14,7 @@ from lora_cli.adapters.configuration import TASK_TYPES, peft_config
 from lora_cli.adapters.files import load_trained, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base, parametrisation
+from lora_cli.adapters.tokens import attach_rows, find_rows
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
 from lora_cli.commands.provenance import Provenance
 from lora_cli.models import fingerprint, head_modules, load_model, read_config
@@ -59,8 +60,10 @@ def our_adapter(base: Path, folder: Path, task: str, **lora: Any) -> nn.Module:
     model, _ = load_model(base, read_config(base), task, torch.float32)
     section = LoraSection(**{"r": 4} | lora)
     saved = [*head_modules(model, task), *find_saved(model, section.modules_to_save or [])]
+    rows = find_rows(model, section.trainable_token_indices, saved)
     attach(model, find_targets(model, section, saved), parametrisation(section))
     freeze_base(model, saved)
+    attach_rows(model, rows)
     initialise(adapters_of(model), section, seed=0)
     perturb(model)
     folder.mkdir(parents=True)

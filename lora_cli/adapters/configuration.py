@@ -13,6 +13,7 @@ from lora_cli.adapters.experts import LoRAStack
 from lora_cli.adapters.injection import Adapted, adapters_of, linear_modules, outermost, stacked_parameters
 from lora_cli.adapters.layer import is_transposed, scaling_of
 from lora_cli.adapters.patterns import matches, shortest_list
+from lora_cli.adapters.tokens import token_indices
 from lora_cli.recipe import LoraSection
 
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
@@ -46,6 +47,7 @@ def peft_config(
     }
     optional = {
         "modules_to_save": outermost(saved),
+        "trainable_token_indices": token_indices(model),
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "fan_in_fan_out": any(is_transposed(getattr(layer, "base", None)) for layer in layers.values()),
         "target_parameters": _parameter_list(model, layers),

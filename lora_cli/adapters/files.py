@@ -1,7 +1,8 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Tensor names (PEFT 0.20): ``base_model.model.<module>.lora_A.weight`` (R, I), ``.lora_B.weight`` (O, R); the
-parameters of modules trained in full under ``base_model.model.<parameter>``.
+parameters of modules trained in full under ``base_model.model.<parameter>``; single trained rows of a table (T, D)
+under ``base_model.model.<module>.token_adapter.trainable_tokens_delta``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lora_cli.adapters.injection import Target, adapters_of, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
 from lora_cli.adapters.naming import file_name_of, trained_name_of
 from lora_cli.adapters.patterns import matches
+from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.storage import write_json
 
@@ -52,11 +54,13 @@ class LowRank:
 
 @dataclass
 class Adapter:
-    """What an adapter folder holds: its configuration, the updates by module, the parameters saved in full."""
+    """What an adapter folder holds: its configuration, the updates by module, the parameters saved in full, and
+    single rows of tables."""
 
     config: dict[str, Any]
     updates: dict[str, LowRank] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -139,9 +143,11 @@ def check_trained(folder: Path) -> None:
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of an adapter in the type of its file.
 
-    DoRA's magnitudes stay float32: what they learn is a change of a thousandth, which bfloat16 would lose.
+    DoRA's magnitudes and single rows of tables stay float32: what they learn is a small change of a large number,
+    which bfloat16 would lose.
     """
-    return {name: tensor if name.endswith(MAGNITUDE) else tensor.to(dtype) for name, tensor in tensors.items()}
+    whole = (MAGNITUDE, ROWS)
+    return {name: tensor if name.endswith(whole) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -190,7 +196,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 _REFUSED = {
     "lora_bias": lambda value: bool(value),
     "bias": lambda value: value not in (None, "none"),
-    "trainable_token_indices": lambda value: bool(value),
     "layer_replication": lambda value: bool(value),
     "alora_invocation_tokens": lambda value: bool(value),
     "use_qalora": lambda value: bool(value),
@@ -218,6 +223,7 @@ _KNOWN = {
     ),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "ensure_weight_tying", "runtime_config", "_custom_modules"),
+    "trainable_token_indices",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     "lora_alpha": (int, float),
@@ -225,6 +231,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict, type(None)),
     "use_rslora": (bool, type(None)),
     "modules_to_save": (list, type(None)),
+    "trainable_token_indices": (list, dict, type(None)),
 }
 
 
@@ -253,6 +260,8 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
         module, _, kind = name.rpartition(".")
         if kind in (*FACTORS, MAGNITUDE):
             pairs.setdefault(module, {})[kind] = tensor
+        elif kind == ROWS:
+            adapter.tokens[module] = TokenRows(named_rows(config.get("trainable_token_indices"), module), tensor)
         elif "lora_" in kind or "lora_" in module.rpartition(".")[2]:
             raise UsageError(f"{folder / WEIGHTS} holds {name}: only LoRA and DoRA of linear layers are supported")
         else:
@@ -265,7 +274,11 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
         experts = _experts(config, module, pair["lora_A"])
         scaling = scaling_in(config, module, pair["lora_A"].shape[0] // experts)
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts)
-    if not adapter.updates and not adapter.saved:
+    if bool(config.get("trainable_token_indices")) != bool(adapter.tokens) or not all(
+        table.is_whole for table in adapter.tokens.values()
+    ):
+        raise StorageError(f"{folder}: trainable_token_indices in {CONFIG} does not agree with the rows in {WEIGHTS}")
+    if not (adapter.updates or adapter.saved or adapter.tokens):
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")
     return adapter
 
@@ -320,7 +333,7 @@ def targets_of(adapter: Adapter) -> list[Target]:
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter as ``trained_tensors`` gives it."""
     parts = {f"{name}.{kind}": tensor for name, u in adapter.updates.items() for kind, tensor in u.tensors.items()}
-    return parts | adapter.saved
+    return parts | adapter.saved | {f"{name}.{ROWS}": table.rows for name, table in adapter.tokens.items()}
 
 
 def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed: set[str]) -> list[str]:
@@ -337,6 +350,9 @@ def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed:
             wrong.append(f"{name}: the base has no such layer")
         elif (shape[::-1] if name in transposed else shape) != expected:
             wrong.append(f"{name}: the adapter is for {expected}, the base has {shape}")
+    for name, table in adapter.tokens.items():
+        if reason := table.mismatch(shapes.get(f"{name}.weight")):
+            wrong.append(f"{name}: {reason}")
     for name, tensor in adapter.saved.items():
         if name not in shapes:
             wrong.append(f"{name}: the base has no such parameter")

@@ -49,10 +49,13 @@ class Target:
 def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) -> dict[str, nn.Module]:
     """Linear layers that may be adapted: not the output head, not below ``outside``."""
     head = model.get_output_embeddings()
+    heads = (head, getattr(head, "base", None))  # where some of its rows are trained, a head has another one inside
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LINEAR_TYPES) and module is not head and not is_below(name, outside or [])
+        if isinstance(module, LINEAR_TYPES)
+        and not any(module is one for one in heads)
+        and not is_below(name, outside or [])
     }
 
 

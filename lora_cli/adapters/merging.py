@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.experts import stacked_update
 from lora_cli.adapters.files import Adapter
+from lora_cli.adapters.injection import tied_partner
 from lora_cli.adapters.layer import fold
 from lora_cli.adapters.quantized import Quantization
 from lora_cli.errors import StorageError, UsageError
@@ -58,6 +59,11 @@ class Folding:
     transposed: set[str]
     onto: Quantization | None = None
 
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape when it is written: a table grows by the rows of new tokens."""
+        table = self.adapter.tokens.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return shape if table is None else (max(shape[0], *(i + 1 for i in table.ids)), *shape[1:])
+
     def merged(self, name: str, tensor: Tensor) -> Tensor:
         """The new value of the base's parameter ``name``: still to be rounded, or the very tensor."""
         if name in self.adapter.saved:
@@ -69,6 +75,11 @@ class Folding:
         module, _, last = name.rpartition(".")
         if last != "weight":
             return tensor
+        table = self.adapter.tokens.get(module)
+        if table is not None:
+            written = torch.zeros(self.shape(name, tuple(tensor.shape)))
+            written[: len(tensor)] = tensor
+            return written.index_copy_(0, torch.tensor(table.ids), table.rows.float())
         transposed = module in self.transposed
         if self.onto is not None and module in self.onto.modules:
             tensor = self.onto.seen(tensor, transposed)
@@ -116,10 +127,21 @@ def merge_files(
         write_json(folder / "model.safetensors.index.json", index)
 
 
+def with_partners(adapter: Adapter, model: nn.Module) -> Adapter:
+    """The adapter with its rows in both tables of a tied pair: files may hold either of them, or both."""
+    tokens = dict(adapter.tokens)
+    for name, table in adapter.tokens.items():
+        if partner := tied_partner(model, name):
+            tokens[partner] = table
+    return replace(adapter, tokens=tokens)
+
+
 def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
     """Parameters trained in full that the base's files do not hold: a new head."""
     held = {naming.parameter(entry.name) for path in files for entry in tensor_table(path)}
     absent = [name for name in adapter.updates if f"{name}.weight" not in held]
+    written = {id(table) for name, table in adapter.tokens.items() if f"{name}.weight" in held}
+    absent += [name for name, table in adapter.tokens.items() if id(table) not in written]  # one of a tied pair will do
     if absent:
         raise UsageError(f"the base's files hold no weight for {', '.join(sorted(absent)[:4])}")
     return {name: tensor for name, tensor in adapter.saved.items() if name not in held}
@@ -143,7 +165,7 @@ class _Shard:
             written = naming.written(entry.name)
             if written is not None:
                 self.sources[written] = entry.name
-                self.entries.append(Entry(written, _stored_as(entry, dtype), entry.shape))
+                self.entries.append(Entry(written, _stored_as(entry, dtype), folding.shape(written, entry.shape)))
 
     def producer(self, added: dict[str, Tensor]):  # type: ignore[no-untyped-def]
         """The function that makes each tensor of the new file."""

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 
 from lora_cli.adapters.experts import STACKED
 from lora_cli.adapters.patterns import matches
+from lora_cli.adapters.tokens import ROWS
 
 PREFIX = "base_model.model."
 
 
 def file_name_of(name: str, stacked: Sequence[str] = ()) -> str:
-    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT.
+    """A trained tensor's name in the file: lora_A and lora_B are modules of their own in PEFT, as are single rows.
 
     PEFT wraps the module around ``stacked`` parameters once for each, the model's first one innermost, and names a
     wrapper by its depth.
     """
+    if name.endswith(f".{ROWS}"):
+        return f"{PREFIX}{name.removesuffix(ROWS)}token_adapter.{ROWS}"
     if not name.endswith((".lora_A", ".lora_B")):
         return PREFIX + name
     module, _, part = name.rpartition(".")
@@ -31,7 +34,7 @@ def file_name_of(name: str, stacked: Sequence[str] = ()) -> str:
 
 def trained_name_of(name: str, stacked: Sequence[str] = ()) -> str:
     """The inverse of ``file_name_of``."""
-    name = name.removeprefix(PREFIX)
+    name = name.removeprefix(PREFIX).replace(f".token_adapter.{ROWS}", f".{ROWS}")
     if not name.endswith((".lora_A.weight", ".lora_B.weight")):
         return name
     module, _, part = name.removesuffix(".weight").rpartition(".")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.files import load_trained, read_adapter, tensors_of
 from lora_cli.adapters.initialisation import initialise, kind_of
 from lora_cli.adapters.injection import adapters_of
+from lora_cli.adapters.tokens import rows_of
 from lora_cli.commands.plan import Plan
 from lora_cli.data.batches import Batch, collate
 from lora_cli.distributed import World
@@ -45,8 +46,9 @@ def begin(model: PreTrainedModel, plan: Plan, ranks: Ranks | None, world: World)
         return
     initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     model.zero_grad(set_to_none=True)
-    for layer in layers.values():  # no two processors need agree on a decomposition to the last bit
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+    # no two processors need agree on a decomposition to the last bit
+    for module in (*layers.values(), *rows_of(model).values()):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             world.spread(tensor)
 
 

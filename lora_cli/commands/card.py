@@ -55,11 +55,13 @@ def _load(plan: Plan) -> str:
     auto_class = auto[plan.recipe.task]
     labels = f", num_labels={len(plan.labels)}" if plan.labels else ""
     base = plan.recipe.model.path or "base"
+    more = plan.model.vocabulary
+    resize = f"base.resize_token_embeddings({more})  # its new tokens\n" if more is not None else ""
     return (
         "```python\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto_class}\n\n"
-        f'base = {auto_class}.from_pretrained("{base}"{labels})\n'
+        f'base = {auto_class}.from_pretrained("{base}"{labels})\n{resize}'
         'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")\n'
         "```\n"
     )

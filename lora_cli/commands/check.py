@@ -66,6 +66,7 @@ class Check:
             "labels": plan.labels,
             "targets": [asdict(target) for target in plan.model.targets],
             "modules_to_save": plan.model.saved,
+            "trainable_token_indices": plan.model.rows,
             "parameters": {
                 "total": plan.model.counted.total,
                 "learnable": plan.model.counted.trainable,

@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from lora_cli.adapters.files import load_trained, tensors_of
 from lora_cli.adapters.injection import quantize
-from lora_cli.adapters.merging import Folding, merge_model
+from lora_cli.adapters.merging import Folding, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
 from lora_cli.commands.plan import make_plan, position_limit
@@ -120,7 +121,9 @@ class _Models:
         return load_model(folder, config, self.fitted.task, torch.float32, remote_code=self.remote_code)[0]
 
     def _base(self) -> PreTrainedModel:
-        return self._loaded(self.fitted.base, self.fitted.config)
+        model = self._loaded(self.fitted.base, self.fitted.config)
+        make_room_for(model, self.fitted.adapter.tokens)
+        return model
 
     def _logits(self, model: PreTrainedModel) -> Tensor:
         return logits_of(model, self.fitted.task, self.rows)
@@ -148,7 +151,9 @@ class _Models:
         trained = expected if onto is not None else self.adapted(quantization)[1]
         model = self._base()
         other = quantization if onto is None else None
-        merge_model(model, Folding(self.fitted.adapter, self.fitted.transposed, other), stored, dtype)
+        merge_model(
+            model, Folding(with_partners(self.fitted.adapter, model), self.fitted.transposed, other), stored, dtype
+        )
         return compare(trained, found), compare(trained, self._logits(model))
 
 

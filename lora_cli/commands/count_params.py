@@ -20,7 +20,16 @@ from lora_cli.data.dataset import labels_of, read_train
 from lora_cli.data.files import is_local
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.hub import model_folder
-from lora_cli.models import AUTO_CLASSES, build_empty, empty_model, load_config, read_config, set_labels
+from lora_cli.models import (
+    AUTO_CLASSES,
+    add_tokens,
+    build_empty,
+    empty_model,
+    load_config,
+    load_tokenizer,
+    read_config,
+    set_labels,
+)
 from lora_cli.recipe import Recipe, load_recipe
 
 
@@ -84,7 +93,14 @@ def _of_recipe(path: Path, overrides: list[str], remote_code: bool) -> Parameter
         config, folder = load_config(loaded.recipe.model, remote_code=remote_code)
         if labels := _labels(loaded.recipe, config):
             set_labels(config, labels)
-        return counted(plan_model(loaded.recipe, config, folder, remote_code=remote_code).skeleton)
+        new_ids = _new_ids(loaded.recipe, remote_code)
+        return counted(plan_model(loaded.recipe, config, folder, new_ids, remote_code=remote_code).skeleton)
+
+
+def _new_ids(recipe: Recipe, remote_code: bool) -> list[int]:
+    """Only new tokens ask for the tokenizer."""
+    tokens = recipe.dataset.new_tokens
+    return add_tokens(load_tokenizer(recipe.model, remote_code=remote_code), tokens) if tokens else []
 
 
 def _labels(recipe: Recipe, config: PreTrainedConfig) -> list[str]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -14,6 +13,7 @@ from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_o
 from lora_cli.adapters.injection import attach, freeze_base, packable_modules, tied_partner
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.tokens import attach_rows, make_room_for
 from lora_cli.commands.provenance import Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
@@ -34,6 +34,12 @@ class FittedAdapter:
     @property
     def task(self) -> str:
         return self.adapter.task
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many words the base has with those of the adapter; None where the adapter brings none."""
+        embedded = int(getattr(self.skeleton.get_input_embeddings(), "num_embeddings", 0))
+        return embedded if embedded > self.config.get_text_config().vocab_size else None
 
     @property
     def transposed(self) -> set[str]:
@@ -69,6 +75,7 @@ def fit_adapter(
     if adapter.task == "sequence_classification":
         set_labels(config, _labels(adapter, provenance, config))
     skeleton = empty_model(config, adapter.task, remote_code=remote_code)
+    make_room_for(skeleton, adapter.tokens)
     fitted = FittedAdapter(folder, adapter, provenance, base_folder, config, skeleton)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
     wrong = mismatches(adapter, shapes, fitted.transposed)
@@ -106,12 +113,20 @@ def check_not_quantized(fitted: FittedAdapter) -> None:
 
 def _check_ties(fitted: FittedAdapter) -> None:
     """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
-    for name in fitted.adapter.saved_modules:
+    parts = dict.fromkeys(fitted.adapter.saved_modules, "in full") | dict.fromkeys(
+        copied_rows(fitted.skeleton, fitted.adapter), "in part"
+    )
+    for name, how in parts.items():
         if partner := tied_partner(fitted.skeleton, name):
             raise UsageError(
-                f"{fitted.folder} was trained with {name} in full, which shares its weight with {partner} "
+                f"{fitted.folder} was trained with {name} {how}, which shares its weight with {partner} "
                 f"in {fitted.base}: this is not supported"
             )
+
+
+def copied_rows(model: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """Tables beside the input embedding with rows of their own; a head that is tied to it has the embedding's."""
+    return [name for name in adapter.tokens if model.get_submodule(name) is not model.get_input_embeddings()]
 
 
 def find_base(
@@ -144,7 +159,9 @@ def _labels(adapter: Adapter, provenance: Provenance, config: PreTrainedConfig) 
     return names if count == config.num_labels else [f"LABEL_{index}" for index in range(count)]
 
 
-def attach_fitted(model: nn.Module, fitted: FittedAdapter) -> None:
+def attach_fitted(model: PreTrainedModel, fitted: FittedAdapter) -> None:
     """Put the adapter's layers on a model of its base; their values are still to be loaded."""
+    make_room_for(model, fitted.adapter.tokens)
     attach(model, targets_of(fitted.adapter), Parametrisation(use_dora=fitted.adapter.use_dora))
     freeze_base(model, fitted.adapter.saved_modules)
+    attach_rows(model, {name: table.ids for name, table in fitted.adapter.tokens.items()})

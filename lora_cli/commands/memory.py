@@ -98,7 +98,7 @@ class MemoryPlanner:
         )
         self.read = tensor_bytes(self.model)
         quantize_base(self.model, recipe)
-        prepare(self.model, recipe)
+        prepare(self.model, recipe, plan.model.new_ids)
         self.model.train()
         how = recipe.training.gradient_checkpointing
         if how:

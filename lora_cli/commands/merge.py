@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.merging import Folding, Naming, merge_files, merge_model
+from lora_cli.adapters.merging import Folding, Naming, merge_files, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.adapter_folder import TOKENIZER_FILES, check_new, copy_files
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_merged
@@ -107,12 +108,14 @@ def _merge(
 
     Files hold each expert's matrices apart, under names that only transformers puts together and takes apart.
     """
+    parts = with_partners(fitted.adapter, fitted.skeleton)
     if all(update.experts == 1 for update in fitted.adapter.updates.values()):
-        merge_files(fitted.base, folder, fitted.adapter, _naming(fitted), fitted.transposed, wanted, onto)
+        merge_files(fitted.base, folder, parts, _naming(fitted), fitted.transposed, wanted, onto)
         return
     with memory_errors("merge on a machine with more memory: stacked experts are merged in memory"), quiet():
         model, _ = load_model(fitted.base, fitted.config, fitted.task, stored, remote_code=remote_code)
-        merge_model(model, Folding(fitted.adapter, fitted.transposed, onto), stored, wanted)
+        make_room_for(model, fitted.adapter.tokens)
+        merge_model(model, Folding(parts, fitted.transposed, onto), stored, wanted)
         model.save_pretrained(folder)
 
 
@@ -177,7 +180,7 @@ def tokenizer_of(fitted: FittedAdapter, folder: Path | None, remote_code: bool) 
 
 def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | None, tokenizer: Path | None) -> None:
     """The base's configuration; a classifier's says what its head is and which id is padding."""
-    if fitted.task == "causal_lm" and wanted is None:
+    if fitted.task == "causal_lm" and wanted is None and fitted.vocabulary is None:
         shutil.copyfile(fitted.base / "config.json", folder / "config.json")
         return
     config = read_config(fitted.base)
@@ -188,6 +191,8 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
             config.pad_token_id = read_tokenizer(tokenizer).pad_token_id
     if wanted is not None:
         config.dtype = wanted
+    if fitted.vocabulary is not None:
+        config.get_text_config().vocab_size = fitted.vocabulary
     with quiet():
         config.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ from lora_cli.data.formats import Content
 from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
-from lora_cli.models import load_config, load_tokenizer, quiet, set_labels
+from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet, set_labels
 from lora_cli.ops.packing import library
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
 from lora_cli.recipe.rules import was_changed
@@ -93,6 +93,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
             config, folder = load_config(recipe.model, remote_code=remote_code)
         with problems:
             tokenizer = load_tokenizer(recipe.model, remote_code=remote_code)
+            new_ids = add_tokens(tokenizer, recipe.dataset.new_tokens)
         with problems:
             readings = _read_rows(recipe)
         problems.stop_if_any()
@@ -101,7 +102,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         if labels:
             set_labels(config, labels)
         with problems:
-            model = plan_model(recipe, config, folder, remote_code=remote_code)
+            model = plan_model(recipe, config, folder, new_ids, remote_code=remote_code)
             check_trainable(recipe, model)
         with problems:
             dataset = _encode(recipe, tokenizer, labels, readings)

@@ -281,7 +281,7 @@ def build_model(
     _check_missing(missing, plan, base)
     if quantize_base(model, recipe):
         give_back_freed_memory()  # the dense weights
-    prepare(model, recipe)
+    prepare(model, recipe, plan.model.new_ids)
     sharded = is_sharded(plan, world)
     if not sharded:
         model.to(plan.device)

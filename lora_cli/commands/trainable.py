@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -23,6 +23,8 @@ from lora_cli.adapters.injection import (
     tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
+from lora_cli.commands.fitted import copied_rows
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import repeated_layers
@@ -55,6 +57,18 @@ class ModelPlan:
     targets: list[Target]
     saved: list[str]  # modules trained in full
     counted: Counted
+    new_ids: list[int] = field(default_factory=list)  # of tokens that the recipe adds
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many words the model has with the new ones; None where it had room for them."""
+        last = max(self.new_ids, default=0)
+        return last + 1 if last >= self.config.get_text_config().vocab_size else None
+
+    @property
+    def rows(self) -> dict[str, list[int]]:
+        """The ids of single trained rows, by the table they are in."""
+        return {name: list(table.ids) for name, table in rows_of(self.skeleton).items()}
 
     @property
     def uses_dora(self) -> bool:
@@ -62,16 +76,21 @@ class ModelPlan:
 
 
 def plan_model(
-    recipe: Recipe, config: PreTrainedConfig, folder: ModelFolder | None, *, remote_code: bool = False
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    folder: ModelFolder | None,
+    new_ids: list[int] | None = None,
+    *,
+    remote_code: bool = False,
 ) -> ModelPlan:
-    """Find what a recipe trains in a model, on the meta device."""
+    """Find what a recipe trains in a model, on the meta device. ``new_ids`` are those of `dataset.new_tokens`."""
     attention = recipe.model.attn_implementation
     skeleton = empty_model(config, recipe.task, attn_implementation=attention, remote_code=remote_code)
-    targets, saved = prepare(skeleton, recipe)
-    return ModelPlan(config, folder, skeleton, targets, saved, count(skeleton))
+    targets, saved = prepare(skeleton, recipe, new_ids)
+    return ModelPlan(config, folder, skeleton, targets, saved, count(skeleton), new_ids or [])
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[str]]:
+def prepare(model: PreTrainedModel, recipe: Recipe, new_ids: list[int] | None = None) -> tuple[list[Target], list[str]]:
     """Make a base trainable as the recipe says, in place; the same for the skeleton and the real model."""
     if recipe.method == "full":
         model.requires_grad_(True)
@@ -80,18 +99,23 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Target], list[
         return _prepare_as(model, recipe, _origin(recipe.lora.init_from))
     saved = _in_full(model, recipe)
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
+    make_room(model, new_ids or [])
+    rows = find_rows(model, recipe.lora.trainable_token_indices, saved, new_ids)
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
+    attach_rows(model, rows)
     return targets, saved
 
 
 def _prepare_as(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> tuple[list[Target], list[str]]:
     """The same for a run that goes on from an adapter: its modules, ranks, scales and kind are taken over."""
+    make_room_for(model, adapter.tokens)
     _check_fits(model, recipe, adapter)
     saved = _in_full(model, recipe)
     targets = targets_of(adapter)
     attach(model, targets, Parametrisation(recipe.lora.lora_dropout, adapter.use_dora))
     freeze_base(model, saved)
+    attach_rows(model, {name: table.ids for name, table in adapter.tokens.items()})
     return targets, saved
 
 
@@ -105,10 +129,11 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         message = f"does not fit this model: {wrong[0]}{more}"
         raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
-    tied = [(name, partner) for name in adapter.saved_modules if (partner := tied_partner(model, name))]
+    copies = [*adapter.saved_modules, *copied_rows(model, adapter)]
+    tied = [(name, partner) for name in copies if (partner := tied_partner(model, name))]
     if tied:
         name, partner = tied[0]
-        raise RecipeError([Mistake(path, f"holds {name} in full, which shares its weight with {partner}")])
+        raise RecipeError([Mistake(path, f"holds a copy of {name}, which shares its weight with {partner}")])
 
 
 def quantize_base(model: PreTrainedModel, recipe: Recipe) -> bool:

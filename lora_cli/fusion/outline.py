@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.attention import ROWS
@@ -181,7 +182,7 @@ def _gives_the_shape(form: Any, args: Any, kwargs: Any, output: Any) -> bool:
 
 
 def _head(model: PreTrainedModel, task: str) -> Head | None:
-    output = model.get_output_embeddings()
-    if task != "causal_lm" or type(output) is not nn.Linear or not takes_positions(model):
+    table, ids_T, rows_TD = parts_of(model.get_output_embeddings())
+    if task != "causal_lm" or type(table) is not nn.Linear or not takes_positions(model):
         return None
-    return Head(output.weight, output.bias)
+    return Head(table.weight, table.bias, ids_T=ids_T, rows_TD=rows_TD)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.layer import projection_of
+from lora_cli.adapters.layer import has_hooks, projection_of
+from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import UsageError
@@ -174,14 +175,18 @@ class _Prover:
     def _head(self, network: Network) -> Head | None:
         """The output head as a formula, where it gives the model's own logits."""
         output = self.model.get_output_embeddings()
-        if self.task != "causal_lm" or type(output) is not nn.Linear or not takes_positions(self.model):
+        table, ids_T, rows_TD = parts_of(output)
+        if self.task != "causal_lm" or type(table) is not nn.Linear or not takes_positions(self.model):
             return None
-        if projection_of(output) is None and not output.weight.requires_grad:
+        if (projection_of(table) is None and not table.weight.requires_grad) or (
+            table is not output and has_hooks(output)
+        ):
             return None
         batch = self._batch(network, self.examples)
         hidden_MD = network.supervised_hidden(batch)
         expected_MV = network.supervised_logits(batch)
-        for head in _heads(self.model, output):
+        for plain in _heads(self.model, table):
+            head = replace(plain, ids_T=ids_T, rows_TD=rows_TD)
             if close(head.logits(hidden_MD).to(expected_MV.dtype), expected_MV, TOLERANCES[expected_MV.dtype] / 10):
                 return head
         self.notes.append("the loss holds all logits at once: this architecture's head is not a plain one")

@@ -3,7 +3,7 @@
 With the output head it is one operation, so that logits never exist as a whole: for a few positions at a time
 they are made, turned into the loss and into their own gradient, and forgotten.
 
-Shape suffixes: M supervised positions, C those of one chunk, V vocabulary, D hidden size.
+Shape suffixes: M supervised positions, C those of one chunk, V vocabulary, D hidden size, T words with other rows.
 """
 
 from __future__ import annotations
@@ -37,16 +37,30 @@ def summed_cross_entropy(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: softcap * tanh(scale * (h W^T + b) / softcap), or without the cap."""
+    """How hidden states become logits: softcap * tanh(scale * (h W^T + b) / softcap), or without the cap.
+
+    W is the weight with the rows ``rows_TD`` in the places ``ids_T``, where there are any.
+    """
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0  # Cohere multiplies logits, Granite divides them
     softcap: float | None = None  # Gemma 2, arXiv:2408.00118
+    ids_T: Tensor | None = None
+    rows_TD: Tensor | None = None
+
+    def linear(self, hidden_MD: Tensor) -> Tensor:
+        """h W^T + b, (M, V)"""
+        linear_MV = F.linear(hidden_MD, self.weight, self.bias)
+        if self.ids_T is None or self.rows_TD is None:
+            return linear_MV
+        bias_T = None if self.bias is None else self.bias[self.ids_T]
+        linear_MV[:, self.ids_T] = F.linear(hidden_MD, self.rows_TD.to(hidden_MD.dtype), bias_T)
+        return linear_MV
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """(M, V) in the weight's dtype, as the model's own code gives them."""
-        logits_MV = F.linear(hidden_MD.to(self.weight.dtype), self.weight, self.bias)
+        logits_MV = self.linear(hidden_MD.to(self.weight.dtype))
         if self.scale != 1.0:
             logits_MV = logits_MV * self.scale
         return logits_MV if self.softcap is None else self.softcap * torch.tanh(logits_MV / self.softcap)
@@ -60,7 +74,8 @@ class Head:
 def head_loss(hidden_MD: Tensor, head: Head, targets_M: Tensor) -> Tensor:
     """The summed cross-entropy of the head's logits, float32, without ever holding all of them."""
     hidden_MD = hidden_MD.to(head.weight.dtype)
-    return _HeadLoss.apply(hidden_MD, head.weight, head.bias, targets_M, head.scale, head.softcap)
+    given = (hidden_MD, head.weight, head.bias, targets_M, head.scale, head.softcap, head.ids_T, head.rows_TD)
+    return _HeadLoss.apply(*given)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -75,34 +90,50 @@ class _HeadLoss(torch.autograd.Function):
         targets_M: Tensor,
         scale: float,
         softcap: float | None,
+        ids_T: Tensor | None,
+        rows_TD: Tensor | None,
     ) -> Tensor:
-        head = Head(weight_VD, bias_V, scale, softcap)
+        head = Head(weight_VD, bias_V, scale, softcap, ids_T, rows_TD)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         loss = torch.zeros((), dtype=wide_type(hidden_MD.dtype), device=hidden_MD.device)
         dhidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide_type(weight_VD.dtype)) if needs_weight else None
         dbias_V = torch.zeros_like(bias_V, dtype=wide_type(bias_V.dtype)) if needs_bias and bias_V is not None else None
+        drows_TD = None if rows_TD is None else torch.zeros_like(rows_TD, dtype=wide_type(rows_TD.dtype))
         for chunk in head.chunks(hidden_MD):
-            linear_CV = F.linear(hidden_MD[chunk], weight_VD, bias_V)
+            linear_CV = head.linear(hidden_MD[chunk])
             losses_C = _loss_and_gradient(linear_CV, targets_M[chunk], head)
             dlinear_CV = linear_CV
             loss += losses_C.sum()
-            if dhidden_MD is not None:
-                dhidden_MD[chunk] = dlinear_CV @ weight_VD
-            if dweight_VD is not None:
-                dweight_VD += dlinear_CV.T @ hidden_MD[chunk]
             if dbias_V is not None:
                 dbias_V += dlinear_CV.sum(0, dtype=dbias_V.dtype)
+            through_CD = None if drows_TD is None else _take_rows(dlinear_CV, hidden_MD[chunk], head, drows_TD)
+            if dhidden_MD is not None:
+                dhidden_MD[chunk] = dlinear_CV @ weight_VD + (0 if through_CD is None else through_CD)
+            if dweight_VD is not None:
+                dweight_VD += dlinear_CV.T @ hidden_MD[chunk]
         ctx.weight_dtype = weight_VD.dtype
-        ctx.save_for_backward(dhidden_MD, dweight_VD, dbias_V)
+        ctx.save_for_backward(dhidden_MD, dweight_VD, dbias_V, drows_TD)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        dhidden_MD, dweight_VD, dbias_V = ctx.saved_tensors
-        scaled = [None if d is None else (d * gradient).to(ctx.weight_dtype) for d in (dhidden_MD, dweight_VD, dbias_V)]
-        return (*scaled, None, None, None)
+        *parts, drows_TD = ctx.saved_tensors
+        scaled = [None if d is None else (d * gradient).to(ctx.weight_dtype) for d in parts]
+        return (*scaled, None, None, None, None, None if drows_TD is None else drows_TD * gradient)
+
+
+def _take_rows(dlinear_CV: Tensor, hidden_CD: Tensor, head: Head, drows_TD: Tensor) -> Tensor:
+    """Take the part of the words with other rows out of the logits' gradient: what is left is the weight's.
+
+    Adds to the rows' gradient, and returns what goes through them to the states (C, D).
+    """
+    assert head.ids_T is not None and head.rows_TD is not None
+    dlinear_CT = dlinear_CV[:, head.ids_T]
+    dlinear_CV[:, head.ids_T] = 0
+    drows_TD += dlinear_CT.T @ hidden_CD
+    return dlinear_CT @ head.rows_TD.to(dlinear_CT.dtype)
 
 
 def _loss_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:

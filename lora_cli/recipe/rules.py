@@ -28,6 +28,7 @@ STARTS_FROM_WEIGHTS = ("pissa", "olora", "lora_ga")  # initialisations whose kin
 OF_AN_ADAPTER = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
+    "trainable_token_indices",
 )
 
 
@@ -179,6 +180,25 @@ def _config_of_its_kind(recipe: Recipe, source: Source) -> Iterator[Mistake]:
             yield Mistake(("lora", key), f"belongs to init_lora_weights: {kind}", "remove it, or ask for that")
 
 
+def _each_row_once(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    ids = recipe.lora.trainable_token_indices
+    for place, token in enumerate(ids):
+        if token in ids[:place]:
+            yield Mistake(("lora", "trainable_token_indices", place), f"names {token} again", "remove it")
+
+
+def _new_tokens_are_an_adapter_s(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    path, tokens = ("dataset", "new_tokens"), recipe.dataset.new_tokens
+    if tokens and recipe.method != "lora":
+        yield Mistake(path, f"cannot be used with method: {recipe.method}", "use method: lora")
+    if tokens and recipe.lora.init_from is not None:
+        message = "cannot be added to those of the adapter in init_from"
+        yield Mistake(path, message, "remove it; model.tokenizer can name the adapter's folder")
+    for place, token in enumerate(tokens):
+        if token in tokens[:place]:
+            yield Mistake((*path, place), f"names {token} again", "remove it")
+
+
 def _task_format(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     labelled = recipe.dataset.format == "labelled"
     if recipe.task == "sequence_classification" and not labelled and recipe.dataset.format != "auto":
@@ -307,6 +327,8 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _experts_are_plain,
     _orthogonal_is_even,
     _config_of_its_kind,
+    _each_row_once,
+    _new_tokens_are_an_adapter_s,
     _task_format,
     _split_is_for_text,
     _evaluation_source,

@@ -100,6 +100,9 @@ class DatasetSection(Section):
         description="longer rows: truncate, skip, split (text only) or error; always reported "
         "(default: split for text, else truncate)",
     )
+    new_tokens: StringList = Field(
+        [], description="texts that become tokens of their own; their rows of embedding and output head are trained"
+    )
     eval_path: Strings | None = Field(None, description="rows to evaluate on, as `path`")
     eval_split: Split | None = Field(None, description="split to evaluate on")
     eval_size: CountOrFraction = Field(0, description="rows (or fraction of them) kept out for evaluation")
@@ -153,6 +156,9 @@ class LoraSection(Section):
     rank_pattern: dict[str, PositiveInt] = Field({}, description="name ending or `re:...` -> its own r")
     alpha_pattern: dict[str, PositiveFloat] = Field({}, description="name ending or `re:...` -> its own lora_alpha")
     modules_to_save: StringList = Field([], description="modules trained in full; a classifier head is added by itself")
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="ids of tokens whose rows of the input embedding (and of a head tied to it) are trained"
+    )
     init_from: Text | None = Field(
         None,
         description="folder of an adapter (ours or PEFT's) to go on from: its modules, ranks, scales and kind are "

@@ -24,6 +24,12 @@ def plan_facts(plan: Plan, progress: str) -> list[tuple[str, str]]:
         rows.append(("adapter", _adapter(plan)))
     if plan.model.saved:
         rows.append(("in full", ", ".join(plan.model.saved)))
+    if tokens := plan.recipe.dataset.new_tokens:
+        rows.append(("new tokens", f"{', '.join(tokens[:8])}{' ...' if len(tokens) > 8 else ''}"))
+    if tables := plan.model.rows:
+        rows.append(
+            ("single rows", ", ".join(f"{plural(len(ids), 'token')} of {name}" for name, ids in tables.items()))
+        )
     if plan.labels:
         rows.append(("labels", ", ".join(plan.labels[:12]) + (" ..." if len(plan.labels) > 12 else "")))
     rows += [("rows", _rows(plan)), ("tokens", _tokens(plan))]

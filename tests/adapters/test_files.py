@@ -235,7 +235,6 @@ def test_a_pickled_adapter_is_refused_with_the_reason(saved):
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
-        ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [1]),
         ("use_qalora", True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,23 @@ def test_loss_and_every_gradient_are_the_formula_s_in_any_cut(dtype, limit, kind
     for one, other in zip(ours, exact, strict=True):
         assert float((one.double() - other).norm() / other.norm()) < limit
     assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("kind", HEADS)
+def test_other_rows_of_some_words_get_their_gradient_in_any_cut(kind, chunk, monkeypatch):
+    """Against the same table written out, in float64: hidden states, the rest of the table, and the rows."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": chunk * V})
+    hidden, head, targets = head_of(kind, torch.float64)
+    ids = torch.tensor(sorted({5, 0, int(targets[0])}, reverse=True))
+    leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, 0.1 * head.weight[ids])]
+    written = replace(head, weight=leaves[1].index_copy(0, ids, leaves[2]))
+    exact = torch.autograd.grad(plain_loss(leaves[0], written, targets) * 0.37, leaves)
+    ours_head = replace(head, weight=leaves[1], ids_T=ids, rows_TD=leaves[2])
+    ours = torch.autograd.grad(head_loss(leaves[0], ours_head, targets) * 0.37, leaves)
+    for one, other in zip(ours, exact, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-12
+    assert float((exact[0] - loss_and_gradients(plain_loss, hidden, head, targets, trained=False)[1]).norm()) > 1e-2
 
 
 def test_the_cap_and_the_scale_matter():

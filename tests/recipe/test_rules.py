@@ -37,6 +37,7 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             "rank_pattern": "{q_proj: 2}",
             "alpha_pattern": "{q_proj: 2}",
             "modules_to_save": "[norm]",
+            "trainable_token_indices": "[5]",
             "use_dora": "true",
             "init_lora_weights": "gaussian",
         }.items()
@@ -129,6 +130,21 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "training.strategy",
         "fsdp cannot be combined with model.quantization: it cuts weights up by rows",
         ["model.quantization=nf4", "training.strategy=ddp"],
+    ),
+    (
+        "_each_row_once",
+        ["lora.trainable_token_indices=[5, 2, 5]"],
+        "lora.trainable_token_indices",
+        "names 5 again",
+        ["lora.trainable_token_indices=[5, 2, 4]"],
+    ),
+    *(
+        ("_new_tokens_are_an_adapter_s", [f"dataset.new_tokens={tokens}", *more], "dataset.new_tokens", message, kept)
+        for tokens, more, message, kept in [
+            ("[<a>]", ["method=full"], "cannot be used with method: full", ["dataset.new_tokens=[<a>]"]),
+            ("[<a>]", ["lora.init_from=x"], "cannot be added to those of the adapter", ["dataset.new_tokens=[<a>]"]),
+            ("[<a>, <a>]", [], "names <a> again", ["dataset.new_tokens=[<a>, <b>]"]),
+        ]
     ),
     ("_one_model", ["model.path=null"], "model", "needs a path, or a config for a random model", []),
     ("_one_model", ["model.config={model_type: llama}"], "model", "has both a path and a config", RANDOM),

@@ -56,6 +56,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "dataset.train_on_prompt": ("true", True, "x", YES_NO),
     "dataset.max_length": ("2", 2, "1", "must be 2 or more"),
     "dataset.too_long": ("split", "split", "drop", "must be truncate, skip, split or error, not the text 'drop'"),
+    "dataset.new_tokens": ("[<a>, <b>]", ["<a>", "<b>"], "[3]", TEXTS.format("[3]")),
     "dataset.eval_path": ("a.jsonl", ["a.jsonl"], "[]", TEXTS.format("[]")),
     "dataset.eval_split": ("test[10%:]", "test[10%:]", "train[", SPLIT),
     "dataset.eval_size": ("0.5", 0.5, "1.5", "must be a count (0 or more) or a fraction between 0 and 1, not 1.5"),
@@ -74,6 +75,7 @@ KEYS: dict[str, tuple[str, Any, str, str]] = {
     "lora.rank_pattern": ("{q_proj: 4}", {"q_proj": 4}, "{q_proj: 0}", ONE_OR_MORE),
     "lora.alpha_pattern": ("{q_proj: 4.5}", {"q_proj": 4.5}, "{q_proj: 0}", POSITIVE),
     "lora.modules_to_save": ("[embed_tokens]", ["embed_tokens"], "3", TEXTS.format("3")),
+    "lora.trainable_token_indices": ("[5, 2]", [5, 2], "[-1]", "must be 0 or more"),
     "lora.init_from": ("there", "there", "''", EMPTY),
     "lora.use_dora": ("true", True, "x", YES_NO),
     "lora.init_lora_weights": (
@@ -168,6 +170,7 @@ DEFAULTS: dict[str, Any] = {
     "dataset.train_on_prompt": False,
     "dataset.max_length": 2048,
     "dataset.too_long": None,  # truncate; running text is split
+    "dataset.new_tokens": [],
     "dataset.eval_path": None,
     "dataset.eval_split": None,
     "dataset.eval_size": 0,
@@ -185,6 +188,7 @@ DEFAULTS: dict[str, Any] = {
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.modules_to_save": [],
+    "lora.trainable_token_indices": [],
     "lora.init_from": None,
     "lora.use_dora": False,
     "lora.init_lora_weights": True,
