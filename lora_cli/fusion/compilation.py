@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from torch import nn
 
+from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.data.batches import PADDED
+from lora_cli.errors import UsageError
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 
@@ -14,9 +16,17 @@ from lora_cli.fusion.network import Network
 def compile_layers(network: Network) -> Network:
     """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected.
 
+    Raises ``UsageError`` for a quantized base: each unpacking would cut a compiled layer apart.
+
     Rows lie side by side then: the lengths of rows that lie end to end would make every batch a new program.
     """
     model = network.model
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UsageError(
+            "training.torch_compile cannot work here: this model has no fused forms, and whole layers that unpack "
+            "their weights cannot be compiled",
+            "remove it, or model.quantization",
+        )
     if network.end_to_end:
         model.set_attn_implementation(network.own_attention)
     layers: list[nn.Module] = list(repeated_layers(model).values())

@@ -651,17 +651,19 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # with fused forms, and without
+@pytest.mark.parametrize(  # with fused forms, and without; and on a quantized base
+    ("kind", "quantization"), [("llama", "none"), ("gpt2", "none"), ("llama", "nf4")]
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides by hand
-def test_torch_compile_trains_like_eager(kind, recipe, tmp_path, model_folder):
+def test_torch_compile_trains_like_eager(kind, quantization, recipe, tmp_path, model_folder):
     """Two steps and an evaluation, compiled in earnest."""
     outcomes = []
     for compiled in (False, True):
         path = recipe(
             name=f"{compiled}.yaml",
             output_dir=str(tmp_path / str(compiled)),
-            model={"path": str(model_folder(kind)), "dtype": "float32"},
+            model={"path": str(model_folder(kind)), "dtype": "float32", "quantization": quantization},
             **{"training.torch_compile": compiled, "training.max_steps": 2, "dataset.eval_size": 4},
         )
         outcomes.append(train(load_recipe(path), Silence()))

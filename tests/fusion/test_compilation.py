@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_cli.adapters.injection import adapters_of
+from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
 from lora_cli.fusion import proof
@@ -46,6 +48,23 @@ def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_s
     rows = rows_of("causal_lm")
     ours, other = (loss_and_gradients(n, "causal_lm", rows) for n in (network, plain))
     assert worst(ours, other) < 1e-5
+
+
+def test_whole_layers_of_a_quantized_base_are_not_compiled_and_fused_forms_of_one_are(monkeypatch):
+    formulas, layers = pretend(monkeypatch)
+    decoder = adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0])
+    for layer in adapters_of(decoder).values():
+        layer.base = QuantizedLinear(layer.base, "nf4")
+    with pytest.raises(UsageError, match="whole layers that unpack their weights cannot be compiled"):
+        build_compiled_network(decoder, "causal_lm")
+    assert layers == []
+    llama = adapted("llama", "causal_lm", CAUSAL["llama"][0])
+    for layer in adapters_of(llama).values():
+        layer.base = QuantizedLinear(layer.base, "nf4")
+    network = build_compiled_network(llama, "causal_lm")
+    assert set(network.forms) == {"norm", "gated", "attention"}
+    loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+    assert "_inner_backward" in formulas
 
 
 def test_without_a_compiler_it_is_refused_by_name_and_cuda_s_own_wish_is_only_noted(monkeypatch):
