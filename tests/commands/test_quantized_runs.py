@@ -57,7 +57,7 @@ def trained_model(adapter: Path) -> torch.nn.Module:
     """The base, packed as its provenance says, with the adapter: float32 runs."""
     fitted = fit_adapter(adapter)
     model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32)
-    quantize(model, fitted.saved, str(fitted.provenance.quantization))
+    quantize(model, fitted.adapter.saved_modules, str(fitted.provenance.quantization))
     attach_fitted(model, fitted)
     load_trained(model, tensors_of(fitted.adapter))
     return model.eval()
