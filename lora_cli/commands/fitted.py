@@ -14,10 +14,11 @@ from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_o
 from lora_cli.adapters.injection import attach, freeze_base, packable_modules, tied_partner
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.quantized import Quantization
-from lora_cli.commands.provenance import Provenance, read_provenance
+from lora_cli.commands.provenance import NAME, Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
 from lora_cli.models import empty_model, read_config, set_labels
+from lora_cli.ops.packing import FORMATS
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class FittedAdapter:
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base was stored while the adapter was trained; None for a dense one, and where nobody tells."""
+        """How the base was stored while the adapter was trained; None for a dense one, and where nobody tells.
+
+        Raises ``UsageError`` for a provenance that names what is not known here.
+        """
         kind, dtype = self.provenance.quantization, self.provenance.quantized_from
         if kind is None or dtype is None:
             return None
+        if kind not in FORMATS or dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"{self.folder / NAME} names a base quantized to {kind} from {dtype}: not known here")
         return Quantization(kind, getattr(torch, dtype), frozenset(packable_modules(self.skeleton, self.saved)))
 
 
