@@ -80,6 +80,13 @@ def quantize(model: PreTrainedModel, saved: list[str], kind: str) -> None:
     """
     for name in packable_modules(model, saved):
         model.set_submodule(name, QuantizedLinear(model.get_submodule(name), kind))
+    _let_go_of_files(model)
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Weights of the type they are stored in are parts of a mapped file, and one of them holds all of it in memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def is_below(name: str, roots: list[str]) -> bool:

@@ -14,10 +14,11 @@ from lora_cli.adapters.injection import attach, freeze_base, packable_modules, t
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.tokens import attach_rows, make_room_for
-from lora_cli.commands.provenance import Provenance, read_provenance
+from lora_cli.commands.provenance import NAME, Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
 from lora_cli.models import empty_model, fingerprint, read_config, set_labels
+from lora_cli.ops.packing import FORMATS
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,17 @@ class FittedAdapter:
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the base was stored while the adapter was trained; None for a dense one, and where nobody tells."""
+        """How the base was stored while the adapter was trained; None for a dense one, and where nobody tells.
+
+        Raises ``UsageError`` for a provenance that names what is not known here.
+        """
         kind, dtype = self.provenance.quantization, self.provenance.quantized_from
         if kind is None or dtype is None:
             return None
-        return Quantization(
-            kind, getattr(torch, dtype), frozenset(packable_modules(self.skeleton, self.adapter.saved_modules))
-        )
+        if kind not in FORMATS or dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"{self.folder / NAME} names a base quantized to {kind} from {dtype}: not known here")
+        modules = packable_modules(self.skeleton, self.adapter.saved_modules)
+        return Quantization(kind, getattr(torch, dtype), frozenset(modules))
 
 
 def fit_adapter(

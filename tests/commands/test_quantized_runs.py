@@ -189,6 +189,15 @@ def test_dequantized_is_refused_for_an_adapter_of_a_dense_base(recipe, lora, tmp
     assert lora("merge", adapter, "--onto", "nf4").code == 2
 
 
+def test_a_provenance_with_a_format_of_another_version_is_refused(quantized, lora, tmp_path):
+    assert lora("train", quantized("nf4")).code == 0
+    path = tmp_path / "run" / "adapter" / "provenance.json"
+    path.write_text(path.read_text().replace('"nf4"', '"nf3"'))
+    refused = lora("merge", tmp_path / "run" / "adapter", "-o", tmp_path / "merged")
+    assert refused.code == 2
+    assert "names a base quantized to nf3 from float32: not known here" in refused.err
+
+
 SAME_NUMBERS = {
     "recomputed": ["training.gradient_checkpointing=true"],
     "every second layer": ["training.gradient_checkpointing=selective"],

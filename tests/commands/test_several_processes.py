@@ -60,10 +60,12 @@ def reference(recipe, tmp_path) -> Callable[..., Path]:
     return make
 
 
-def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(recipe, reference, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(quantization, recipe, reference, tmp_path):
     """And one process alone writes and speaks."""
-    alone = reference(**BUSY)
-    assert train(tmp_path / "two", recipe(**BUSY)) == [0, 0]
+    changes = BUSY | {"model.quantization": quantization}
+    alone = reference(**changes)
+    assert train(tmp_path / "two", recipe(**changes)) == [0, 0]
     close(tmp_path / "run", alone, rtol=1e-5)
     for name, tensor in adapter(alone).items():
         torch.testing.assert_close(adapter(tmp_path / "run")[name], tensor, rtol=1e-3, atol=1e-5)
