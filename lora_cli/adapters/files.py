@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, trained_parameters
+from lora_cli.adapters.injection import Target, adapters_of, linear_modules, outermost, tied_copies, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, LoRALinear, scaling_of
 from lora_cli.adapters.patterns import shortest_list
-from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows, token_indices
+from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows, rows_agree, token_indices
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.recipe import LoraSection
 from lora_cli.storage import write_json
@@ -88,14 +88,16 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in layer.trained().items()}
     tensors |= {name: p for name, p in trained_parameters(model).items() if name.rpartition(".")[0] not in layers}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return found | {copy: found[name].clone() for copy, name in tied_copies(model).items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put ``trained_tensors`` back, bit for bit. The names must be those of the model."""
     parameters = trained_parameters(model)
-    if parameters.keys() != tensors.keys():
-        raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(parameters, tensors))}")
+    expected = {**parameters, **tied_copies(model)}
+    if expected.keys() != tensors.keys():
+        raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(expected, tensors))}")
     layers = adapters_of(model)
     for name, layer in layers.items():
         layer.load({part: tensors[f"{name}.{part}"] for part in layer.trained()})
@@ -185,7 +187,8 @@ def peft_config(
     }
     optional = {
         "use_rslora": lora.use_rslora,
-        "modules_to_save": outermost(saved),
+        "modules_to_save": [name for name in outermost(saved) if f"{name}.weight" not in tied_copies(model)],
+        "ensure_weight_tying": bool(tied_copies(model)),
         "trainable_token_indices": token_indices(model),
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "rank_pattern": {name: layer.file_rank for name, layer in layers.items() if layer.file_rank != r},
@@ -328,9 +331,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
             raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
         scaling = _scaling(config, module, pair["lora_A"])
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE))
-    if bool(config.get("trainable_token_indices")) != bool(adapter.tokens) or not all(
-        table.is_whole for table in adapter.tokens.values()
-    ):
+    if not rows_agree(config.get("trainable_token_indices"), adapter.tokens):
         raise StorageError(f"{folder}: trainable_token_indices in {CONFIG} does not agree with the rows in {WEIGHTS}")
     if not (adapter.updates or adapter.saved or adapter.tokens):
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")

@@ -178,10 +178,10 @@ class _Finder:
 
 
 def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
-    """The modules that `modules_to_save` names.
+    """The modules that `modules_to_save` names; of a tied pair of embedding and output head always both.
 
     Raises ``RecipeError`` for a name that matches nothing or holds no parameters, and for one that shares its
-    weight with a module that stays frozen: training it would untie the two.
+    weight with another module: training it would untie the two.
     """
     mistakes, saved = [], []
     path = ("lora", "modules_to_save")
@@ -202,12 +202,23 @@ def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
         elif not found:
             mistakes.append(Mistake(path, f"'{pattern}' is {named[0]}, which holds no parameters to train"))
         for name in found:
-            if partner := tied_partner(model, name):
+            partner = tied_partner(model, name)
+            if partner and is_word_pair(model, name, partner):
+                found = [*found, partner]
+            elif partner:
                 mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
         saved += found
     if mistakes:
         raise RecipeError(mistakes)
     return outermost(saved)
+
+
+def is_word_pair(model: nn.Module, *names: str) -> bool:
+    """Whether these are the input embedding and the output head, which stay tied when both are trained."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return all(any(model.get_submodule(name) is table for table in tables) for name in names)
 
 
 def tied_partner(model: nn.Module, name: str) -> str | None:
@@ -238,25 +249,27 @@ def attach(model: nn.Module, targets: list[Target], form: Parametrisation = PLAI
 
 def freeze_base(model: nn.Module, saved: list[str]) -> None:
     """Leave only adapters and ``saved`` modules trainable; trained weights are float32."""
+    dtypes = {id(parameter): parameter.dtype for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapters_of(model).values():
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(True)
     for name in outermost(saved):  # a module inside another one must not cast its outputs back
-        train_in_full(model.get_submodule(name))
+        train_in_full(model.get_submodule(name), dtypes)
 
 
-def train_in_full(module: nn.Module) -> None:
+def train_in_full(module: nn.Module, dtypes_before: dict[int, torch.dtype] | None = None) -> None:
     """Train a module as float32 inside a model that computes in another dtype.
 
-    Hooks cast its floating inputs up and its outputs back, so the model's code does not notice.
+    Hooks cast its floating inputs up and its outputs back, so the model's code does not notice. ``dtypes_before`` tells
+    by parameter what a weight was stored in that is float32 already, since it is tied to one.
     """
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # has no forward, so its hooks would never run
         for child in module.children():
-            train_in_full(child)
+            train_in_full(child, dtypes_before)
         return
-    dtypes = [parameter.dtype for parameter in module.parameters()]
+    dtypes = [(dtypes_before or {}).get(id(parameter), parameter.dtype) for parameter in module.parameters()]
     module.requires_grad_(True)
     if set(dtypes) <= {torch.float32}:
         return
@@ -288,6 +301,20 @@ def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every trained parameter, by the name the base model gives it."""
     return {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tied_copies(model: nn.Module) -> dict[str, str]:
+    """Names under which a trained parameter is known besides its own, and that: PEFT saves a tied pair twice.
+
+    None where the whole model is trained: it is saved as a plain model folder.
+    """
+    if all(p.requires_grad for p in model.parameters()):
+        return {}
+    own, copies = {id(p): name for name, p in trained_parameters(model).items()}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad and own[id(p)] != base_name(name):
+            copies[base_name(name)] = own[id(p)]
+    return copies
 
 
 def base_name(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.files import load_trained, read_adapter, tensors_of
@@ -46,11 +47,9 @@ def begin(model: PreTrainedModel, plan: Plan, ranks: Ranks | None, world: World)
         return
     initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     model.zero_grad(set_to_none=True)
-    for layer in (
-        *layers.values(),
-        *rows_of(model).values(),
-    ):  # no two processors need agree on a decomposition to the last bit
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+    parts: list[nn.Module] = [*layers.values(), *rows_of(model).values()]
+    for part in parts:  # no two processors need agree on a decomposition, or a mean, to the last bit
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             world.spread(tensor)
 
 
