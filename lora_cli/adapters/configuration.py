@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.experts import LoRAStack
-from lora_cli.adapters.injection import Adapted, adapters_of, linear_modules, outermost, stacked_parameters
+from lora_cli.adapters.injection import Adapted, adapters_of, linear_modules, outermost, stacked_parameters, tied_copies
 from lora_cli.adapters.layer import is_transposed, scaling_of
 from lora_cli.adapters.patterns import matches, shortest_list
 from lora_cli.adapters.tokens import token_indices
@@ -46,7 +46,8 @@ def peft_config(
         "inference_mode": True,
     }
     optional = {
-        "modules_to_save": outermost(saved),
+        "modules_to_save": [name for name in outermost(saved) if f"{name}.weight" not in tied_copies(model)],
+        "ensure_weight_tying": bool(tied_copies(model)),
         "trainable_token_indices": token_indices(model),
         "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "fan_in_fan_out": any(is_transposed(getattr(layer, "base", None)) for layer in layers.values()),

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.configuration import TASK_TYPES
 from lora_cli.adapters.experts import expert_factors
-from lora_cli.adapters.injection import Target, adapters_of, trained_parameters
+from lora_cli.adapters.injection import Target, adapters_of, tied_copies, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
 from lora_cli.adapters.naming import file_name_of, trained_name_of
 from lora_cli.adapters.patterns import matches
-from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows
+from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows, rows_agree
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.storage import write_json
 
@@ -91,14 +91,16 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in layer.trained().items()}
     tensors |= {name: p for name, p in trained_parameters(model).items() if name.rpartition(".")[0] not in layers}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return found | {copy: found[name].clone() for copy, name in tied_copies(model).items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put ``trained_tensors`` back, bit for bit. The names must be those of the model."""
     parameters = trained_parameters(model)
-    if parameters.keys() != tensors.keys():
-        raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(parameters, tensors))}")
+    expected = {**parameters, **tied_copies(model)}
+    if expected.keys() != tensors.keys():
+        raise StorageError(f"the saved weights are not this model's: {', '.join(_differences(expected, tensors))}")
     layers = adapters_of(model)
     for name, layer in layers.items():
         layer.load({part: tensors[f"{name}.{part}"] for part in layer.trained()})
@@ -274,9 +276,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) 
         experts = _experts(config, module, pair["lora_A"])
         scaling = scaling_in(config, module, pair["lora_A"].shape[0] // experts)
         adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts)
-    if bool(config.get("trainable_token_indices")) != bool(adapter.tokens) or not all(
-        table.is_whole for table in adapter.tokens.values()
-    ):
+    if not rows_agree(config.get("trainable_token_indices"), adapter.tokens):
         raise StorageError(f"{folder}: trainable_token_indices in {CONFIG} does not agree with the rows in {WEIGHTS}")
     if not (adapter.updates or adapter.saved or adapter.tokens):
         raise StorageError(f"{folder / WEIGHTS} holds no adapter")

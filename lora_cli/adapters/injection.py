@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from lora_cli.adapters.experts import STACKED, LoRAExperts, LoRAStack, stack_shape
+from lora_cli.adapters.full import train_in_full
 from lora_cli.adapters.initialisation import kind_of
 from lora_cli.adapters.layer import (
     DENSE_TYPES,
@@ -238,10 +237,10 @@ class _Finder:
 
 
 def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
-    """The modules that `modules_to_save` names.
+    """The modules that `modules_to_save` names; of a tied pair of embedding and output head always both.
 
     Raises ``RecipeError`` for a name that matches nothing or holds no parameters, and for one that shares its
-    weight with a module that stays frozen: training it would untie the two.
+    weight with another module: training it would untie the two.
     """
     mistakes, saved = [], []
     path = ("lora", "modules_to_save")
@@ -262,12 +261,23 @@ def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
         elif not found:
             mistakes.append(Mistake(path, f"'{pattern}' is {named[0]}, which holds no parameters to train"))
         for name in found:
-            if partner := tied_partner(model, name):
+            partner = tied_partner(model, name)
+            if partner and is_word_pair(model, name, partner):
+                found = [*found, partner]
+            elif partner:
                 mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
         saved += found
     if mistakes:
         raise RecipeError(mistakes)
     return outermost(saved)
+
+
+def is_word_pair(model: nn.Module, *names: str) -> bool:
+    """Whether these are the input embedding and the output head, which stay tied when both are trained."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return all(any(model.get_submodule(name) is table for table in tables) for name in names)
 
 
 def tied_partner(model: nn.Module, name: str) -> str | None:
@@ -322,46 +332,14 @@ def stacked_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 def freeze_base(model: nn.Module, saved: list[str]) -> None:
     """Leave only adapters and ``saved`` modules trainable; trained weights are float32."""
+    dtypes = {id(parameter): parameter.dtype for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapters_of(model).values():
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(True)
     for name in outermost(saved):  # a module inside another one must not cast its outputs back
-        train_in_full(model.get_submodule(name))
-
-
-def train_in_full(module: nn.Module) -> None:
-    """Train a module as float32 inside a model that computes in another dtype.
-
-    Hooks cast its floating inputs up and its outputs back, so the model's code does not notice.
-    """
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # has no forward, so its hooks would never run
-        for child in module.children():
-            train_in_full(child)
-        return
-    dtypes = [parameter.dtype for parameter in module.parameters()]
-    module.requires_grad_(True)
-    if set(dtypes) <= {torch.float32}:
-        return
-    dtype = max(set(dtypes), key=dtypes.count)  # the one that the model around it computes in
-    module.float()
-    module.register_forward_pre_hook(lambda _, args, kwargs: _cast((args, kwargs), torch.float32), with_kwargs=True)
-    module.register_forward_hook(lambda _, args, output: _cast(output, dtype))
-
-
-def _cast(value, dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, ModelOutput):
-        return type(value)(**{key: _cast(item, dtype) for key, item in value.items()})
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(_cast(item, dtype) for item in value)
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
+        train_in_full(model.get_submodule(name), dtypes)
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapted]:
@@ -372,6 +350,20 @@ def adapters_of(model: nn.Module) -> dict[str, Adapted]:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every trained parameter, by the name the base model gives it."""
     return {base_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tied_copies(model: nn.Module) -> dict[str, str]:
+    """Names under which a trained parameter is known besides its own, and that: PEFT saves a tied pair twice.
+
+    None where the whole model is trained: it is saved as a plain model folder.
+    """
+    if all(p.requires_grad for p in model.parameters()):
+        return {}
+    own, copies = {id(p): name for name, p in trained_parameters(model).items()}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad and own[id(p)] != base_name(name):
+            copies[base_name(name)] = own[id(p)]
+    return copies
 
 
 def base_name(name: str) -> str:

@@ -144,7 +144,12 @@ def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, T
     absent += [name for name, table in adapter.tokens.items() if id(table) not in written]  # one of a tied pair will do
     if absent:
         raise UsageError(f"the base's files hold no weight for {', '.join(sorted(absent)[:4])}")
-    return {name: tensor for name, tensor in adapter.saved.items() if name not in held}
+    return {
+        name: tensor
+        for name, tensor in adapter.saved.items()
+        if name not in held
+        and not any(other in held and torch.equal(adapter.saved[other], tensor) for other in adapter.saved)
+    }
 
 
 def _entries(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> list[Entry]:

@@ -249,3 +249,8 @@ def named_rows(indices: Any, module: str) -> list[int]:
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), [])
     return indices if isinstance(indices, list) else []
+
+
+def rows_agree(indices: Any, tables: dict[str, TokenRows]) -> bool:
+    """Whether a file holds rows exactly where its ``adapter_config.json`` speaks of some, and each has its id."""
+    return bool(indices) == bool(tables) and all(table.is_whole for table in tables.values())

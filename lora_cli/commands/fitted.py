@@ -117,8 +117,8 @@ def check_not_quantized(fitted: FittedAdapter) -> None:
 
 
 def _check_ties(fitted: FittedAdapter) -> None:
-    """PEFT trains a copy of a module that shares its weight; in the base, both of them would change."""
-    parts = dict.fromkeys(fitted.adapter.saved_modules, "in full") | dict.fromkeys(
+    """PEFT may train a copy of a module that shares its weight; in the base, both of them would change."""
+    parts = dict.fromkeys(copies_in_full(fitted.skeleton, fitted.adapter), "in full") | dict.fromkeys(
         copied_rows(fitted.skeleton, fitted.adapter), "in part"
     )
     for name, how in parts.items():
@@ -127,6 +127,17 @@ def _check_ties(fitted: FittedAdapter) -> None:
                 f"{fitted.folder} was trained with {name} {how}, which shares its weight with {partner} "
                 f"in {fitted.base}: this is not supported"
             )
+
+
+def copies_in_full(model: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """Modules saved in full that share their weight with another one that was not saved with the same values."""
+    alone = []
+    for name in adapter.saved_modules:
+        partner = tied_partner(model, name)
+        one, other = (adapter.saved.get(f"{module}.weight") for module in (name, partner))
+        if partner is not None and (one is None or other is None or not torch.equal(one, other)):
+            alone.append(name)
+    return alone
 
 
 def copied_rows(model: PreTrainedModel, adapter: Adapter) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -185,7 +186,7 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
         return
     config = read_config(fitted.base)
     if fitted.task == "sequence_classification":
-        config = fitted.config
+        config = copy.deepcopy(fitted.config)  # the base is still to be loaded with the one that fits it
         config.architectures = [type(fitted.skeleton).__name__]
         if config.pad_token_id is None and tokenizer is not None:
             config.pad_token_id = read_tokenizer(tokenizer).pad_token_id

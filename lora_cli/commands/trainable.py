@@ -24,7 +24,7 @@ from lora_cli.adapters.injection import (
 )
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
-from lora_cli.commands.fitted import copied_rows
+from lora_cli.commands.fitted import copied_rows, copies_in_full
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.layers import repeated_layers
@@ -129,7 +129,7 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         message = f"does not fit this model: {wrong[0]}{more}"
         raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
-    copies = [*adapter.saved_modules, *copied_rows(model, adapter)]
+    copies = [*copies_in_full(model, adapter), *copied_rows(model, adapter)]
     tied = [(name, partner) for name in copies if (partner := tied_partner(model, name))]
     if tied:
         name, partner = tied[0]

@@ -281,10 +281,17 @@ def test_a_module_to_save_that_is_not_there_lists_the_real_names():
     ("pattern", "name", "partner"),
     [("lm_head", "lm_head", "model.embed_tokens"), ("embed_tokens", "model.embed_tokens", "lm_head")],
 )
-def test_a_tied_module_is_refused_because_training_it_would_untie(pattern, name, partner):
-    [(_, message, _)] = saved_mistakes(skeleton(tie_word_embeddings=True), [pattern])
-    assert message == f"{name} shares its weight with {partner}: training it would untie them"
+def test_of_a_tied_pair_both_are_saved(pattern, name, partner):
+    assert find_saved(skeleton(tie_word_embeddings=True), [pattern]) == [name, partner]
     assert find_saved(skeleton(tie_word_embeddings=False), [pattern]) == [name]
+
+
+def test_another_module_with_a_shared_weight_is_refused_because_training_it_would_untie():
+    model = skeleton(tie_word_embeddings=False)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    [(_, message, _)] = saved_mistakes(model, ["0.mlp.up_proj"])
+    name, partner = (f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1))
+    assert message == f"{name} shares its weight with {partner}: training it would untie them"
 
 
 def test_a_broken_expression_in_modules_to_save_is_a_mistake_not_a_crash():

@@ -197,17 +197,33 @@ def test_an_embedding_adapter_of_peft_is_refused_by_name(tmp_path, model_folder)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
-@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
-@pytest.mark.parametrize("together", [False, True])
-def test_peft_s_copy_of_a_tied_module_is_refused(tmp_path, model_folder, module, together):
-    """PEFT trains a copy and leaves its partner as it was; put back into a tied base, both would change."""
+@pytest.mark.parametrize("modules", [["model.embed_tokens"], ["lm_head"], ["model.embed_tokens", "lm_head"]])
+def test_peft_s_copy_of_a_tied_module_is_refused(tmp_path, model_folder, modules):
+    """PEFT trains a copy and leaves its partner as it was, or two; put back into a tied base, they would be one."""
     base = model_folder("llama", tie_word_embeddings=True)
-    peft_adapter(
-        base, tmp_path / "adapter", "causal_lm",
-        target_modules=["q_proj"], modules_to_save=[module], ensure_weight_tying=together,
-    )  # fmt: skip
+    peft_adapter(base, tmp_path / "adapter", "causal_lm", target_modules=["q_proj"], modules_to_save=modules)
     with pytest.raises(UsageError, match=r"was trained with .* in full, which shares its weight with"):
         loaded_by_us(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+def test_a_tied_pair_that_was_trained_as_one_goes_both_ways(tmp_path, model_folder, module, lora):
+    """PEFT saves it twice with the same values, and so do we; a merged folder holds it once."""
+    base = model_folder("llama", tie_word_embeddings=True)
+    chosen = {"target_modules": ["q_proj"], "modules_to_save": [module]}
+    theirs = peft_adapter(base, tmp_path / "theirs", "causal_lm", **chosen, ensure_weight_tying=True)
+    ours = our_adapter(base, tmp_path / "ours", "causal_lm", **chosen)
+    assert distance(logits(loaded_by_us(tmp_path / "theirs")), logits(theirs)) < SAME
+    assert distance(logits(loaded_by_peft(base, tmp_path / "ours", "causal_lm")), logits(ours)) < SAME
+    for name, model in {"theirs": theirs, "ours": ours}.items():
+        assert distance(logits(model), logits(base_model(base, "causal_lm"))) > DIFFERENT
+        merged = tmp_path / f"merged-{name}"
+        result = lora("merge", tmp_path / name, "-o", merged, "--json")
+        assert result.code == 0, result.err
+        assert "lm_head.weight" not in load_file(merged / "model.safetensors")
+        assert distance(logits(base_model(merged, "causal_lm")), logits(model)) < SAME
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["ensure_weight_tying"]) == (["model.embed_tokens"], True)
 
 
 def test_an_untied_module_saved_by_peft_is_taken(tmp_path, model_folder):

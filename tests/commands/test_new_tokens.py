@@ -191,3 +191,36 @@ def test_rows_that_are_not_the_next_ones_fit_no_base(trained, lora):
     result = lora("merge", adapter)
     assert result.code == 2
     assert f"the adapter has rows of 32 up to id {KNOWN + 8}, the base has ({KNOWN}, 32)" in result.err
+
+
+def test_a_head_with_a_bias_is_refused(recipe, lora, tmp_path, tokenizer):
+    """PEFT's trained rows leave the bias out, so the two would not give the same."""
+    base = tmp_path / "gptj"
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gptj", vocab_size=KNOWN, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=128)
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    result = lora("check", recipe(model={"path": str(base)}, **{"dataset.new_tokens": NEW}))
+    assert result.code == 2
+    assert "this model's output head has a bias, which PEFT leaves out where it trains rows" in result.err
+    assert lora("check", recipe(model={"path": str(base)}, **{"lora.trainable_token_indices": [5]})).code == 0
+
+
+def test_a_classifier_learns_new_words_too(recipe, lora, tmp_path, model_folder):
+    """It has no output head that knows words."""
+    task = "sequence_classification"
+    base = model_folder("bert", task, vocab_size=KNOWN)
+    rows = [{"text": f"the <tool> cat {'sees' if i % 2 else ''}", "label": i % 2} for i in range(16)]
+    path = recipe(
+        task=task,
+        model={"path": str(base), "dtype": "float32"},
+        **{"dataset.path": str(write_jsonl(tmp_path / "labelled.jsonl", rows)), "dataset.new_tokens": NEW},
+    )
+    result = lora("train", path, "--json")
+    assert result.code == 0, result.err
+    adapter = tmp_path / "run" / "adapter"
+    assert list(read_adapter(adapter).tokens) == ["bert.embeddings.word_embeddings"]
+    merged = lora("merge", adapter, "-o", tmp_path / "merged", "--json")
+    assert merged.code == 0, merged.err
+    ids = ids_of(adapter)
+    assert distance(answer(base_model(tmp_path / "merged", task), ids), answer(loaded_by_us(adapter), ids)) < SAME
