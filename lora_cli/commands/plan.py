@@ -138,9 +138,10 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
 
 def check_quantization(recipe: Recipe) -> None:
     """Raises ``UsageError`` where bitsandbytes is missing, ``RecipeError`` on a device that it does not serve."""
-    kind, device = recipe.model.quantization, choose_device(recipe.training.use_cpu)
+    kind = recipe.model.quantization
     if kind == "none":
         return
+    device = choose_device(recipe.training.use_cpu)
     if device.type not in ("cpu", "cuda"):
         message = f"{kind} works on CUDA and on the CPU, not on {device.type}"
         raise RecipeError([Mistake(("model", "quantization"), message, "set training.use_cpu: true, or remove it")])
