@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_cli.adapters.full import train_in_full
 from lora_cli.adapters.injection import (
     adapters_of,
     attach,
@@ -18,7 +19,6 @@ from lora_cli.adapters.injection import (
     freeze_base,
     linear_modules,
     tied_partner,
-    train_in_full,
 )
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.patterns import ending

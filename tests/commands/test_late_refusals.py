@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from lora_cli.adapters.injection import train_in_full
+from lora_cli.adapters.full import train_in_full
 from tests.conftest import chat_rows, labelled_rows, tiny_model, write_jsonl
 
 MAMBA = {"model_type": "mamba", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
