@@ -172,8 +172,11 @@ def test_a_random_base_is_written_by_one_and_read_by_both(recipe, model_folder, 
     assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
 
 
-def test_a_base_in_pieces_gives_the_same_adapter(recipe, tmp_path):
-    changes = BUSY | {"training.max_steps": 4, "training.gradient_checkpointing": True}
+@pytest.mark.parametrize(
+    "lora", [{}, {"lora.use_dora": True, "lora.init_lora_weights": "pissa"}], ids=["plain", "dora"]
+)
+def test_a_base_in_pieces_gives_the_same_adapter(lora, recipe, tmp_path):
+    changes = BUSY | lora | {"training.max_steps": 4, "training.gradient_checkpointing": True}
     whole = recipe("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
     assert train(tmp_path / "w", whole) == [0, 0]
     assert train(tmp_path / "p", recipe(**changes | {"training.strategy": "fsdp"})) == [0, 0]
