@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -53,8 +53,9 @@ def peft_config(
         "fan_in_fan_out": any(is_transposed(getattr(layer, "base", None)) for layer in layers.values()),
         "target_parameters": _parameter_list(model, layers),
     }
+    stacks = [name for name, layer in layers.items() if is_stack(layer)]
     stated = {key: value for key, value in optional.items() if value}
-    return config | rank_keys(ranks, scalings, lora.use_rslora) | stated
+    return config | rank_keys(ranks, scalings, lora.use_rslora, stacks) | stated
 
 
 def is_stack(layer: nn.Module) -> bool:
@@ -76,10 +77,16 @@ def _target_list(model: PreTrainedModel, chosen: set[str], saved: list[str]) -> 
     return shortest_list(chosen, {*others, *head})
 
 
-def rank_keys(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, Any]:
-    """``r`` and ``lora_alpha`` of most modules, and patterns for the others, so that every module gets its scale."""
+def rank_keys(
+    ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool, stacks: Collection[str] = ()
+) -> dict[str, Any]:
+    """``r`` and ``lora_alpha`` of most modules, and patterns for the others, so that every module gets its scale.
+
+    Stacked parameters have no pattern: where there are some, the keys are theirs.
+    """
     alphas = {name: alpha_of(scalings[name], rank, use_rslora) for name, rank in ranks.items()}
-    r, alpha = usual(list(ranks.values())), usual(list(alphas.values()))
+    leading = stacks or ranks
+    r, alpha = usual([ranks[name] for name in leading]), usual([alphas[name] for name in leading])
     optional = {
         "use_rslora": use_rslora,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},

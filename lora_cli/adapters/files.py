@@ -132,12 +132,11 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
             raise StorageError(f"{folder / WEIGHTS} was not written as it should be: {name} is damaged")
 
 
-def check_trained(folder: Path) -> None:
+def check_trained(updates: dict[str, LowRank]) -> None:
     """Raises ``StorageError`` for an adapter that changes nothing after training: every B is still zero."""
-    updates = read_adapter(folder).updates
     if updates and not any(update.lora_B.any() for update in updates.values()):
         raise StorageError(
-            f"every lora_B in {folder / WEIGHTS} is zero after training: the adapter changes nothing",
+            "every lora_B is zero after training: the adapter changes nothing, and was not written",
             "raise training.learning_rate; if it is not tiny, this is a bug to report",
         )
 

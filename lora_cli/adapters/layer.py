@@ -120,6 +120,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         weight_OI = dense(*weight_of(self.base), torch.float32)
+        if self.start_A is not None:  # the small difference of two large products: not in bfloat16
+            weight_OI = weight_OI.float()
         squares_O: Any = self.base_squares
         return adapted_row_norms(weight_OI, squares_O, *self.factors(), self.scaling)
 

@@ -33,6 +33,7 @@ class Rows(Protocol):
 
 Factors = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 Measured = Callable[[dict[str, LoRALinear], LoraSection, Rows], Iterator[tuple[str, Factors]]]
+WEAKEST = 1e-3  # of the strongest direction: a Gram matrix squares it, and float32 has seven digits
 HELD = 4  # directions held on the way, for each that is wanted
 GRADIENT_BYTES = 2**30  # of weight gradients held at a time; more layers take more passes
 
@@ -57,9 +58,8 @@ class _Directions:
         if self.settled:
             return
         stacked_MI = x_NI if self.held is None else torch.cat([self.held, x_NI])
-        vectors_MM = torch.linalg.eigh(stacked_MI @ stacked_MI.T).eigenvectors  # by rising value; M is far below I
         before = None if self.held is None else self.best
-        self.held = (vectors_MM.flip(1).T @ stacked_MI)[: HELD * self.keep]  # u_k^T M = s_k v_k^T
+        self.held = _scaled_directions(stacked_MI)[: HELD * self.keep]
         if before is not None and len(before) == len(self.best):
             likeness_K = torch.cosine_similarity(before, self.best, dim=1).abs()
             self.settled = bool((likeness_K >= self.tau).all())
@@ -79,6 +79,18 @@ class _Directions:
     def explained(self) -> list[float]:
         """The share of all variance along each direction, falling."""
         return (self.best.square().sum(1) / max(self.total, 1e-30)).tolist()
+
+
+def _scaled_directions(x_MI: Tensor) -> Tensor:
+    """(K, I) s_k v_k of x = U S V^T, falling, by the eigenvectors of the smaller Gram matrix.
+
+    Without those that float32 cannot tell from nothing: what repeats has fewer directions than rows.
+    """
+    m, i = x_MI.shape
+    vectors = torch.linalg.eigh(x_MI @ x_MI.T if m <= i else x_MI.T @ x_MI).eigenvectors.flip(1).T
+    scaled_KI = vectors @ x_MI if m <= i else torch.linalg.vector_norm(x_MI @ vectors.T, dim=0)[:, None] * vectors
+    lengths_K = torch.linalg.vector_norm(scaled_KI, dim=1)
+    return scaled_KI[lengths_K > WEAKEST * lengths_K[0]]
 
 
 @dataclass
@@ -162,7 +174,14 @@ def redistribute(explained: dict[str, list[float]], ranks: dict[str, int], rho: 
         for share in shares[found[name] : math.floor(ranks[name] * rho)]
     ]
     spare.sort(key=lambda entry: -entry[0])  # stable: among equals the model's order
-    for _, name in spare[: sum(ranks.values()) - sum(found.values())]:
+    wanted = sum(ranks.values()) - sum(found.values())
+    if len(spare) < wanted:
+        raise DataError(
+            f"lora.init_lora_weights: eva finds {len(spare) + sum(found.values())} directions in all inputs, and "
+            f"the ranks add up to {sum(ranks.values())}",
+            "use more or longer training rows, or a smaller lora.r",
+        )
+    for _, name in spare[:wanted]:
         found[name] += 1
     return found
 

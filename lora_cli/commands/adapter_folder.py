@@ -48,14 +48,20 @@ def files_of(folder: Path, adapter: Adapter) -> Files:
 def read_low_rank(folder: Path, why_not_dora: str, help: str | None = None) -> Adapter:
     """An adapter whose updates are s B A and numbers.
 
-    Raises ``UsageError`` for one with DoRA's magnitudes, for the reason given, with updates of stacked experts, or with
-    numbers that are not finite.
+    Raises ``UsageError`` for one with DoRA's magnitudes, for the reason given, with rows of word tables, with updates
+    of stacked experts, or with numbers that are not finite.
     """
     adapter = read_adapter(folder)
     if not adapter.updates:
         raise UsageError(f"{folder} adapts no layer")
     if any(update.magnitude is not None for update in adapter.updates.values()):
         raise UsageError(f"{folder} is a DoRA adapter: {why_not_dora}", help)
+    if adapter.tokens:
+        words = sum(len(table.ids) for table in adapter.tokens.values())
+        raise UsageError(
+            f"{folder} holds {words} rows of word tables (trainable_token_indices), which are no low-rank updates",
+            f"merge instead: lora merge {folder}",
+        )
     if stacked := [name for name, update in adapter.updates.items() if update.experts > 1]:
         raise UsageError(
             f"{folder} adapts stacked experts ({stacked[0]}): each expert has an update of its own, in a layout that "

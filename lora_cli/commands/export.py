@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from lora_cli.adapters.configuration import rewritten
 from lora_cli.adapters.exporting import export_updates
 from lora_cli.adapters.files import Adapter, LowRank, read_adapter
 from lora_cli.adapters.servers import SERVERS, max_lora_rank, strict_errors
-from lora_cli.adapters.spectrum import distance, frobenius_norm, singular_values
+from lora_cli.adapters.spectrum import MOST_LOST, relative_distance, rounding_loss
 from lora_cli.commands.adapter_folder import check_new, files_of, read_low_rank, write_adapter
 from lora_cli.commands.agreement import Agreement
 from lora_cli.commands.comparison import Comparison, compare_exported
@@ -71,6 +70,7 @@ def export(
     _check_wish(server, dtype)
     check_new(output)
     adapter = _exportable(folder, server)
+    _check_rounding(adapter, dtype)
     proof = _Proof(folder, adapter, base, verify, remote_code)
     # 2. write, read back, compare, publish
     made = export_updates(adapter.updates, DTYPES[dtype])
@@ -79,6 +79,15 @@ def export(
         written = _reread(temporary, server)
         found = proof.compare(temporary, DTYPES[dtype], rows)
     return _report(folder, output, server, dtype, adapter, written, proof, found)
+
+
+def _check_rounding(adapter: Adapter, dtype: str) -> None:
+    lost = rounding_loss(adapter.updates, DTYPES[dtype])
+    if lost > MOST_LOST:
+        raise UsageError(
+            f"{dtype} would change the updates by {lost:.0%} of their norm: small differences of large products",
+            "export with --dtype float32",
+        )
 
 
 def _check_wish(server: str, dtype: str) -> None:
@@ -178,7 +187,7 @@ def _report(
         rank=rank,
         dtype=dtype,
         modules=len(written.updates),
-        distance=_distance(adapter, written),
+        distance=relative_distance(adapter.updates, written.updates),
         not_compared=proof.reason,
         rows=found.rows if found else None,
         agreement=found.agreement if found else None,
@@ -186,12 +195,6 @@ def _report(
         limit_mean_kl=found.limit_mean_kl if found else None,
         commands=serve_commands(server, adapter.base or "BASE", output, rank),
     )
-
-
-def _distance(adapter: Adapter, written: Adapter) -> float:
-    norm = math.hypot(*(frobenius_norm(singular_values(update)) for update in adapter.updates.values()))
-    off = math.hypot(*(distance(update, written.updates[name]) for name, update in adapter.updates.items()))
-    return off / norm if norm else 0.0
 
 
 def serve_commands(server: str, base: str, folder: Path, rank: int) -> list[str]:

@@ -24,7 +24,6 @@ FREE_KEYS = {
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
-    "training.save_dtype",
     "training.report_to",
     "training.per_device_eval_batch_size",
     "training.gradient_checkpointing",  # the cures for too little memory: they give the same steps

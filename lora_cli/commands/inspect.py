@@ -117,6 +117,7 @@ def inspect(folder: Path, other: Path | None = None) -> Inspection:
 
 
 def module_facts(name: str, update: LowRank) -> ModuleFacts:
+    """Sizes, scale and state of one update; norm and effective rank only of finite numbers."""
     a_RI, b_OR = update.lora_A, update.lora_B
     finite = is_finite(update)
     values_K = singular_values(update) if finite else None

@@ -13,8 +13,16 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_cli.adapters.configuration import peft_config
-from lora_cli.adapters.files import check_trained, rounded, save_adapter, trained_tensors
-from lora_cli.adapters.initialisation import kind_of
+from lora_cli.adapters.files import (
+    LowRank,
+    check_trained,
+    read_adapter,
+    rounded,
+    save_adapter,
+    single_updates,
+    trained_tensors,
+)
+from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.provenance import Provenance
@@ -132,8 +140,12 @@ def save_result(
     """Write the adapter (or the model), the tokenizer and a model card, all at once; then the summary."""
     with new_folder(output.result, replace=True) as folder:
         if config is not None:
-            save_adapter(folder, rounded(trained_tensors(model), file_dtype(plan)), config)
-            check_trained(folder)
+            tensors = trained_tensors(model)
+            save_adapter(folder, tensors, config)
+            updates = read_adapter(folder).updates
+            check_trained(updates)
+            if (dtype := file_dtype(plan, updates)) != torch.float32:
+                save_adapter(folder, rounded(tensors, dtype), config)
             _provenance(plan, base_fingerprint).write(folder)
         else:
             with quiet():
@@ -143,17 +155,18 @@ def save_result(
     write_json(output.summary, summary.to_dict())
 
 
-def file_dtype(plan: Plan) -> torch.dtype:
-    """`training.save_dtype`; auto halves the file where the base is bfloat16.
+def file_dtype(plan: Plan, updates: dict[str, LowRank]) -> torch.dtype:
+    """`training.save_dtype`; auto halves the file where the base is bfloat16 and the updates bear it.
 
-    An update that counts from a start is the small difference of two large products, and stays float32.
+    One that counts from a start is the small difference of two large products, and stays float32.
     """
     wanted = plan.recipe.training.save_dtype
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    whole = not kind_of(plan.recipe.lora.init_lora_weights).has_start
-    return torch.bfloat16 if plan.dtype == torch.bfloat16 and whole else torch.float32
+    if plan.dtype != torch.bfloat16 or rounding_loss(single_updates(updates), torch.bfloat16) > MOST_LOST:
+        return torch.float32
+    return torch.bfloat16
 
 
 def _provenance(plan: Plan, base_fingerprint: str) -> Provenance:

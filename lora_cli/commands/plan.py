@@ -109,6 +109,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         problems.stop_if_any()
         # 3. whether they fit together
         _check_ids(dataset, model.skeleton, loaded)
+        _check_words(recipe, model, len(tokenizer))
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
         _check_auto(recipe, device)
@@ -208,6 +209,14 @@ def _check_ids(dataset: Dataset, model: PreTrainedModel, loaded: LoadedRecipe) -
     if limit is not None and longest > limit:
         message = f"rows reach {longest} tokens, and the model has positions for {limit}"
         raise RecipeError([Mistake(("dataset", "max_length"), message, f"set dataset.max_length: {limit}")])
+
+
+def _check_words(recipe: Recipe, model: ModelPlan, words: int) -> None:
+    """The new words of an adapter to go on from must be the tokenizer's too, or nothing would reach their rows."""
+    trained = [index for ids in model.rows.values() for index in ids]
+    if recipe.lora.init_from is not None and max(trained, default=0) >= words:
+        message = f"has {words} words, and the adapter in lora.init_from trains rows up to {max(trained)}"
+        raise RecipeError([Mistake(("model", "tokenizer"), message, f"set model.tokenizer: {recipe.lora.init_from}")])
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

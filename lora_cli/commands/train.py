@@ -77,9 +77,9 @@ class Standing:
     set_aside: Path | None = None
     summary: Summary | None = None  # of a run that is finished
 
-    @property
-    def source(self) -> str:
-        return os.fspath(self.base)
+    def named(self, plan: Plan) -> str:
+        """The base as the adapter names it: as the recipe does, or the folder of a random one."""
+        return os.fspath(self.base) if plan.model.folder is None else plan.recipe.model.path or ""
 
 
 def train(
@@ -100,7 +100,7 @@ def train(
         # 1. everything that can be wrong before a weight is read
         with world.together():
             world.take_device(loaded.recipe.training.use_cpu)
-            check_places(loaded, output, world)
+            check_places(loaded, output, world, fresh=fresh)
             if world.is_main:
                 held.enter_context(hold_folder(output.root))
         with world.together():
@@ -121,6 +121,7 @@ def train(
         with world.together(), memory_errors(LOADING_CURE):
             ranks = world.tell(ranks_of(standing.checkpoint, plan))
             model = build_model(plan, standing.base, ranks, remote_code=remote_code, world=world)
+        plan = replace(plan, model=plan.model.with_trained(model))
         with memory_errors(LOADING_CURE):
             network = choose_network(model, plan, world)
             with world.together():
@@ -139,8 +140,7 @@ def train(
             standing.state.micro_batch_size = choice.steps.micro_batch_size
             observer.micro_batch(choice)
         # 4. train
-        named = standing.source if plan.model.folder is None else plan.recipe.model.path or ""
-        config = adapter_config(plan, model, base=named)
+        config = adapter_config(plan, model, base=standing.named(plan))
         with world.together():
             run = build_run(plan, output, network, optimizer, checkpoints, standing.state, config, observer, world)
         with run.stop:
@@ -154,10 +154,14 @@ def train(
             return deliver(plan, output, run, standing) if world.is_main else None
 
 
-def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World) -> None:
+def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World, *, fresh: bool) -> None:
     """Refuse an output folder or a model's folder that cannot be used, before the rows are read."""
     if world.is_main:
         output.check_usable()
+    origin = loaded.recipe.lora.init_from
+    if fresh and origin is not None and Path(origin).expanduser().resolve().is_relative_to(output.root.resolve()):
+        message = "lies in output_dir, which --fresh sets aside"
+        raise RecipeError([Mistake(("lora", "init_from"), message, "choose another output_dir")])
     name = loaded.recipe.model.path
     if name is not None and os.path.isdir(name):
         weight_files(Path(name))

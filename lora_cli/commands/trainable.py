@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
+from lora_cli.adapters.files import Adapter, mismatches, read_adapter, single_updates, targets_of
 from lora_cli.adapters.injection import (
     Target,
     adapters_of,
@@ -23,10 +24,11 @@ from lora_cli.adapters.injection import (
     tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
 from lora_cli.commands.fitted import copied_rows, copies_in_full
 from lora_cli.device import choose_device
-from lora_cli.errors import Mistake, RecipeError
+from lora_cli.errors import Mistake, RecipeError, UsageError
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.recompute import refuses
 from lora_cli.fusion.skipping import skippable
@@ -62,13 +64,19 @@ class ModelPlan:
     @property
     def vocabulary(self) -> int | None:
         """How many words the model has with the new ones; None where it had room for them."""
-        last = max(self.new_ids, default=0)
-        return last + 1 if last >= self.config.get_text_config().vocab_size else None
+        embedded = int(getattr(self.skeleton.get_input_embeddings(), "num_embeddings", 0))
+        return embedded if embedded > self.config.get_text_config().vocab_size else None
 
     @property
     def rows(self) -> dict[str, list[int]]:
         """The ids of single trained rows, by the table they are in."""
         return {name: list(table.ids) for name, table in rows_of(self.skeleton).items()}
+
+    def with_trained(self, model: nn.Module) -> ModelPlan:
+        """The plan with the number of parameters that a model really trains: EVA hands out ranks by what it finds."""
+        trainable = count(model).trainable
+        total = self.counted.total - self.counted.trainable + trainable
+        return replace(self, counted=Counted(total, trainable))
 
     @property
     def uses_dora(self) -> bool:
@@ -129,6 +137,15 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         message = f"does not fit this model: {wrong[0]}{more}"
         raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
+    head = model.get_output_embeddings()
+    if outside := [name for name, module in model.named_modules() if module is head and name in adapter.updates]:
+        raise RecipeError([Mistake(path, f"adapts the output head ({outside[0]}), which is not trained so here")])
+    wanted = recipe.training.save_dtype
+    if wanted in ("bfloat16", "float16"):
+        lost = rounding_loss(single_updates(adapter.updates), getattr(torch, wanted))
+        if lost > MOST_LOST:
+            message = f"{wanted} would change the updates in lora.init_from by {lost:.0%} of their norm"
+            raise RecipeError([Mistake(("training", "save_dtype"), message, "use auto or float32")])
     copies = [*copies_in_full(model, adapter), *copied_rows(model, adapter)]
     tied = [(name, partner) for name in copies if (partner := tied_partner(model, name))]
     if tied:
@@ -155,8 +172,11 @@ def _in_full(model: PreTrainedModel, recipe: Recipe) -> list[str]:
 
 
 def _origin(folder: str) -> Adapter:
-    """The adapter that a run goes on from."""
-    return read_adapter(Path(folder).expanduser())
+    """The adapter that a run goes on from. Raises ``RecipeError`` where it is none that can be read."""
+    try:
+        return read_adapter(Path(folder).expanduser())
+    except UsageError as error:
+        raise RecipeError([Mistake(("lora", "init_from"), f"cannot be used: {error.message}", error.help)]) from error
 
 
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:

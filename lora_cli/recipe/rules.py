@@ -25,6 +25,7 @@ EVALUATION_METRICS = {
 STARTS_FROM_WEIGHTS = ("pissa", "olora", "lora_ga")  # initialisations whose kind needs a dense base
 
 
+FROM_A_START = ("pissa", "olora", "lora_ga")  # what they learn counts from where A and B begin
 OF_AN_ADAPTER = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
@@ -136,6 +137,17 @@ def _adapter_brings_its_own(recipe: Recipe, source: Source) -> Iterator[Mistake]
     for key in OF_AN_ADAPTER:
         if was_changed(recipe.lora, "lora", key, source):
             yield Mistake(("lora", key), "comes from the adapter in init_from", "remove it")
+
+
+def _start_is_not_rounded(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    kind = str(recipe.lora.init_lora_weights)
+    if kind.startswith(FROM_A_START) and recipe.training.save_dtype in ("bfloat16", "float16"):
+        yield Mistake(
+            ("training", "save_dtype"),
+            f"{recipe.training.save_dtype} would round away what an adapter with init_lora_weights: {kind} learns: "
+            "a small difference of two large products",
+            "use auto or float32",
+        )
 
 
 def _training_of_adapters(recipe: Recipe, source: Source) -> Iterator[Mistake]:
@@ -323,6 +335,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _quantized_is_not_sharded,
     _method_keys,
     _adapter_brings_its_own,
+    _start_is_not_rounded,
     _training_of_adapters,
     _experts_are_plain,
     _orthogonal_is_even,

@@ -239,8 +239,8 @@ class TrainingSection(Section):
     save_steps: Cadence = Field("epoch", description="steps, fraction of the run, or epoch; also at the end")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the adapter that is delivered; auto: bfloat16 over a bfloat16 base (halves the file), else "
-        "float32; checkpoints are always float32",
+        description="of the adapter that is delivered; auto: bfloat16 over a bfloat16 base (half the file) where that "
+        "costs less than 2 % of the updates' norm, else float32; checkpoints are always float32",
     )
     save_total_limit: Annotated[int, Field(ge=2)] = Field(
         2, description="newest checkpoints kept; the best one is kept besides"

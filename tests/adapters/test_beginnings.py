@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base, parametrisation
 from lora_cli.adapters.layer import LoRALinear
-from lora_cli.adapters.measured import redistribute
+from lora_cli.adapters.measured import _scaled_directions, redistribute
 from lora_cli.errors import DataError
 from lora_cli.recipe import LoraSection
 from tests.conftest import tiny_model
@@ -166,6 +166,25 @@ def test_redistribution_takes_the_best_directions_of_all():
 def test_too_few_directions_are_a_data_error():
     with pytest.raises(DataError, match="eva finds 1 directions in what enters a, and needs 2"):
         redistribute({"a": [1.0]}, {"a": 2}, 1.0)
+
+
+def test_too_few_directions_for_all_ranks_are_a_data_error():
+    with pytest.raises(DataError, match="eva finds 3 directions in all inputs, and the ranks add up to 4"):
+        redistribute({"a": [0.9, 0.1], "b": [1.0]}, {"a": 2, "b": 2}, 2.0)
+
+
+@pytest.mark.parametrize("rows", [6, 40], ids=["fewer rows than features", "more"])
+def test_directions_are_those_of_an_svd_and_no_more_than_there_are(rows):
+    """Rows that repeat bring noise, and no direction."""
+    torch.manual_seed(0)
+    distinct = torch.randn(5, 16)
+    x_MI = distinct[torch.arange(rows) % 5]
+    found = _scaled_directions(x_MI)
+    _, s, vh = torch.linalg.svd(x_MI.double(), full_matrices=False)
+    assert len(found) == 5
+    assert torch.allclose(found.norm(dim=1).double(), s[:5], rtol=1e-4)
+    likeness = (found.double() * vh[:5]).sum(1).abs() / s[:5]
+    assert likeness.min() > 0.999
 
 
 def gradient_of(name: str) -> Tensor:

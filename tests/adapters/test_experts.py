@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.adapters.experts import LoRAExperts, is_plain, stacked_update
+from lora_cli.adapters.files import read_adapter
 from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
 from lora_cli.errors import RecipeError
 from lora_cli.recipe import LoraSection
@@ -165,3 +166,28 @@ def test_inspect_takes_a_stack_apart_and_what_rewrites_files_refuses_it(base, tm
         assert result.code == 2
         assert "adapts stacked experts" in result.err
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+def test_experts_keep_their_rank_beside_others(base, recipe, tmp_path, lora):
+    """Most modules have another rank than the stacks: the file's own r is the stacks', which have no pattern."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=BOTH,
+        rank_pattern=dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(base_model(base, "causal_lm"), config)
+    perturb(model)
+    model.save_pretrained(str(tmp_path / "first"))
+    changes = {"model": {"path": str(base), "dtype": "float32"}, "training.max_steps": 1}
+    still = {"training.learning_rate": 1e-9, "lora": {"init_from": str(tmp_path / "first")}}
+    result = lora("train", recipe(**changes, **still), "--json")
+    assert result.code == 0, result.err
+    before, after = (read_adapter(folder).updates for folder in (tmp_path / "first", tmp_path / "run" / "adapter"))
+    assert {n: (u.experts, u.r, u.scaling) for n, u in before.items()} == {
+        n: (u.experts, u.r, u.scaling) for n, u in after.items()
+    }
+    assert distance(logits(loaded_by_us(tmp_path / "run" / "adapter")), logits(model)) < 1e-5

@@ -22,8 +22,11 @@ KINDS = ["llama", "gpt2", "roberta"]
 BEGINNINGS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "eva", "lora_ga"]
 CELLS = [
     (kind, use_dora, use_rslora, beginning)
-    for kind, use_dora, use_rslora, beginning in itertools.product(KINDS, (False, True), (False, True), BEGINNINGS)
-    if kind == "llama" or use_dora != use_rslora  # all of them on one architecture, half of them on the others
+    for kind, use_dora, use_rslora, (number, beginning) in itertools.product(
+        KINDS, (False, True), (False, True), enumerate(BEGINNINGS)
+    )
+    # all of them on one architecture; on the others every beginning once, with DoRA or with rsLoRA in turn
+    if kind == "llama" or (use_dora, use_rslora) == (number % 2 == 0, number % 2 == 1)
 ]
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.files import read_adapter
 from tests.made import distance, loaded_by_us, logits, other_weights, our_adapter, peft_adapter, task_of
@@ -94,3 +94,53 @@ def test_an_adapter_that_changed_since_is_refused_on_resume(recipe, model_folder
     (tmp_path / "first").rename(tmp_path / "moved")  # where it lies is free
     path.write_text(path.read_text().replace(str(tmp_path / "second" / "adapter"), str(tmp_path / "moved")))
     assert lora("train", path).code == 0
+
+
+def test_what_is_no_adapter_is_told_at_the_key(recipe, tmp_path, lora):
+    result = lora("check", trained_from(recipe, tmp_path / "nowhere"))
+    assert result.code == 2
+    assert f"lora.init_from cannot be used: there is no folder {tmp_path / 'nowhere'}" in result.err
+    assert "recipe.yaml:" in result.err
+
+
+def test_an_adapter_below_the_output_folder_is_not_set_aside(recipe, model_folder, tmp_path, lora):
+    our_adapter(model_folder("llama"), tmp_path / "run" / "adapter", "causal_lm")
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    result = lora("train", trained_from(recipe, tmp_path / "run" / "adapter"), "--fresh")
+    assert result.code == 2
+    assert "lora.init_from lies in output_dir, which --fresh sets aside" in result.err
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft")
+def test_an_adapter_on_the_output_head_is_refused(recipe, model_folder, tmp_path, lora):
+    base = model_folder("llama", tie_word_embeddings=False)
+    peft_adapter(base, tmp_path / "first", "causal_lm", target_modules=["q_proj", "lm_head"])
+    path = tmp_path / "first" / "adapter_model.safetensors"
+    save_file({name: t.clone() for name, t in load_file(path).items() if "base_layer" not in name}, path)
+    result = lora("check", trained_from(recipe, tmp_path / "first", model={"path": str(base), "dtype": "float32"}))
+    assert result.code == 2
+    assert "lora.init_from adapts the output head (lm_head)" in result.err
+
+
+def test_new_words_come_with_their_tokenizer(recipe, model_folder, tmp_path, lora, tokenizer):
+    base = str(model_folder("llama", vocab_size=len(tokenizer)))
+    model = {"path": base, "dtype": "float32"}
+    first = recipe("first.yaml", model=model, **{"dataset.new_tokens": ["<x>", "<y>"], "training.max_steps": 1})
+    assert lora("train", first, "--json").code == 0
+    adapter = (tmp_path / "run" / "adapter").rename(tmp_path / "first")
+    without = trained_from(recipe, adapter, output_dir=str(tmp_path / "second"), model=model)
+    result = lora("check", without)
+    assert result.code == 2
+    assert f"set model.tokenizer: {adapter}" in result.err
+    model["tokenizer"] = str(adapter)
+    result = lora("train", trained_from(recipe, adapter, output_dir=str(tmp_path / "second"), model=model), "--json")
+    assert result.code == 0, result.err
+    assert "resize_token_embeddings" in (tmp_path / "second" / "adapter" / "README.md").read_text()
+    for command in (["shrink", "--rank", "2"], ["export", "--for", "peft"]):
+        refused = lora(command[0], adapter, *command[1:], "-o", tmp_path / "new")
+        assert refused.code == 2
+        assert "rows of word tables" in refused.err
+    refused = lora("combine", adapter, adapter, "--weights", "0.5,0.5", "-o", tmp_path / "new")
+    assert refused.code == 2
+    assert "rows of word tables" in refused.err

@@ -289,7 +289,6 @@ FREE = {
     "training.per_device_eval_batch_size": 1,
     "training.gradient_checkpointing": True,
     "training.strategy": "fsdp",
-    "training.save_dtype": "float32",
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_cli.adapters import files
 from lora_cli.adapters.files import check_trained, save_adapter
+from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
 from lora_cli.errors import StorageError
 from tests.made import our_adapter
 
@@ -68,9 +71,35 @@ def test_a_file_that_is_not_what_was_given_is_a_storage_error(tmp_path, model_fo
 
 def test_an_adapter_that_changes_nothing_is_not_delivered(tmp_path, model_folder):
     our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
-    check_trained(tmp_path / "adapter")
-    adapter = files.read_adapter(tmp_path / "adapter")
-    nothing = {n: torch.zeros_like(t) if n.endswith("lora_B") else t for n, t in files.tensors_of(adapter).items()}
-    save_adapter(tmp_path / "adapter", nothing, adapter.config)
-    with pytest.raises(StorageError, match=r"every lora_B .* is zero after training"):
-        check_trained(tmp_path / "adapter")
+    updates = files.read_adapter(tmp_path / "adapter").updates
+    check_trained(updates)
+    nothing = {name: replace(update, lora_B=torch.zeros_like(update.lora_B)) for name, update in updates.items()}
+    with pytest.raises(StorageError, match="every lora_B is zero after training"):
+        check_trained(nothing)
+
+
+def test_what_rounding_would_take_is_not_rounded(recipe, model_folder, tmp_path, lora):
+    """An update that counts from a start, by itself and in the adapter of a run that goes on from it."""
+    model = {"path": str(model_folder("llama")), "dtype": "bfloat16"}
+    first = recipe("first.yaml", model=model, **{"lora.init_lora_weights": "pissa", "training.learning_rate": 1e-4})
+    delivered(lora, first)
+    source = files.read_adapter(tmp_path / "run" / "adapter").updates
+    assert rounding_loss(source, torch.bfloat16) > 10 * MOST_LOST
+    changes = {"lora": {"init_from": str(tmp_path / "run" / "adapter")}, "training.learning_rate": 1e-6}
+    second = recipe("second.yaml", model=model, output_dir=str(tmp_path / "second"), **changes)
+    assert lora("train", second, "--json").code == 0
+    found = files.read_adapter(tmp_path / "second" / "adapter").updates
+    assert {update.lora_A.dtype for update in found.values()} == {torch.float32}
+    refused = lora("check", second, "training.save_dtype=bfloat16", f"output_dir={tmp_path / 'third'}")
+    assert refused.code == 2
+    assert "training.save_dtype bfloat16 would change the updates in lora.init_from by" in refused.err
+    exported = lora("export", tmp_path / "run" / "adapter", "--for", "vllm", "-o", tmp_path / "served", "--no-verify")
+    assert exported.code == 2
+    assert "export with --dtype float32" in exported.err
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_plain_adapter_bears_rounding(tmp_path, model_folder):
+    """The control: a few thousandths."""
+    our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
+    assert 1e-4 < rounding_loss(files.read_adapter(tmp_path / "adapter").updates, torch.bfloat16) < MOST_LOST / 3
