@@ -6,6 +6,7 @@ is not there.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live as long as the session: collecting garbage need not look through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -57,7 +57,7 @@ def test_a_cell_trains_goes_on_and_merges(kind, use_dora, use_rslora, beginning,
     # 2. ours, PEFT's and the merged model agree, and differ from the base
     task = task_of(kind)
     ours, theirs = logits(loaded_by_us(folder / "adapter")), logits(loaded_by_peft(base, folder / "adapter", task))
-    merged = lora("merge", folder / "adapter", "-o", tmp_path / "merged", "--json")
+    merged = lora("merge", folder / "adapter", "-o", tmp_path / "merged", "--no-verify", "--json")
     assert merged.code == 0, merged.err
     scale = float(ours.abs().max())
     assert distance(ours, theirs) < 1e-5 * max(1, scale)
