@@ -176,3 +176,19 @@ def test_the_update_is_seen(tmp_path, model_folder):
     plain = base_model(model_folder("llama"), "causal_lm")
     with torch.no_grad():
         assert (model(input_ids=IDS).logits - plain(input_ids=IDS).logits).abs().max() > 1e-2
+
+
+def test_norms_over_a_start_do_not_suffer_from_bfloat16():
+    """The update is a small difference of large products, which bfloat16 products would blur."""
+    torch.manual_seed(0)
+    base = nn.Linear(256, 256, bias=False).bfloat16().requires_grad_(False)
+    layer = LoRALinear(base, 16, 1.0, Parametrisation(use_dora=True, has_start=True))
+    u, s, vh = torch.linalg.svd(base.weight.float())
+    with torch.no_grad():
+        layer.begin(s[:16, None].sqrt() * vh[:16], u[:, :16] * s[:16].sqrt())
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.add_(1e-3 * torch.randn_like(factor))
+    a, b = (t.detach().double() for t in layer.factors())
+    expected = (base.weight.double() + b @ a).norm(dim=1)
+    found = layer.lora_magnitude_vector.detach().double() / layer.gain().detach().double()
+    assert (found / expected - 1).abs().max() < 1e-5

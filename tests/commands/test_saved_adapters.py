@@ -103,3 +103,13 @@ def test_a_plain_adapter_bears_rounding(tmp_path, model_folder):
     """The control: a few thousandths."""
     our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
     assert 1e-4 < rounding_loss(files.read_adapter(tmp_path / "adapter").updates, torch.bfloat16) < MOST_LOST / 3
+
+
+def test_eva_s_figures_are_those_of_the_ranks_it_handed_out(recipe, model_folder, tmp_path, lora):
+    rows = {"lora.init_lora_weights": "eva", "lora.rank_pattern": {"q_proj": 8}, "training.max_steps": 1}
+    result = lora("train", recipe(**rows), "--json")
+    assert result.code == 0, result.err
+    updates = files.read_adapter(tmp_path / "run" / "adapter").updates
+    assert len({update.r for update in updates.values()}) > 2  # the control: handed out anew
+    held = sum(update.lora_A.numel() + update.lora_B.numel() for update in updates.values())
+    assert result.json["parameters"]["trainable"] == held
