@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import warnings
@@ -30,6 +31,7 @@ from lora_cli.hub import ModelFolder, model_folder, weight_files
 from lora_cli.recipe import ModelSection
 from lora_cli.seeds import stream_seed
 from lora_cli.tensorfile import tensor_table
+from lora_cli.weights import dense_weights, is_packed
 
 AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
@@ -184,17 +186,11 @@ def load_model(
     that are not finite.
     """
     weight_files(folder)
+    load = _load_packed if is_packed(folder) else _load_files
+    options = {"dtype": dtype, "output_loading_info": True, **_attention(attn_implementation)}
     try:
         with quiet():
-            model, info = model_class(config, task).from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=remote_code,
-                **_attention(attn_implementation),
-            )
+            model, info = load(folder, config, task, remote_code, options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:
@@ -203,6 +199,20 @@ def load_model(
         raise StorageError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
     check_finite(model, folder)
     return model, sorted(info["missing_keys"])
+
+
+def _load_files(folder: Path, config: PreTrainedConfig, task: str, remote_code: bool, options: dict[str, Any]) -> Any:
+    auto = model_class(config, task)
+    return auto.from_pretrained(folder, config=config, use_safetensors=True, trust_remote_code=remote_code, **options)
+
+
+def _load_packed(folder: Path, config: PreTrainedConfig, task: str, remote_code: bool, options: dict[str, Any]) -> Any:
+    """A model whose weights are unpacked here, and not by transformers: bit for bit what was packed."""
+    dense = copy.deepcopy(config)
+    if hasattr(dense, "quantization_config"):
+        del dense.quantization_config  # transformers would pack them again
+    of_task = type(empty_model(dense, task, remote_code=remote_code))
+    return of_task.from_pretrained(None, config=dense, state_dict=dense_weights(folder), **options)
 
 
 def random_model(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from lora_cli.errors import StorageError
 from lora_cli.storage import storage_errors
 
+METADATA = "__metadata__"  # the one name in a header that is no tensor
 MAX_HEADER = 100_000_000  # the format's own bound
 DTYPES = {
     "F64": torch.float64,
@@ -55,16 +57,33 @@ class Entry:
 
 def tensor_table(path: Path) -> list[Entry]:
     """Every tensor of a file, in the order of the bytes. Raises ``StorageError`` for a damaged file."""
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER)))
-        entries = [_entry(name, value, 8 + length) for name, value in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise StorageError(f"{path} is not a readable safetensors file", "download it again") from error
+    with _damage(path):
+        header, start = _header(path)
+        entries = [_entry(name, value, start) for name, value in header.items() if name != METADATA]
     if entries and max(entry.end for entry in entries) > path.stat().st_size:
         raise StorageError(f"{path} is cut short", "download it again")
     return sorted(entries, key=lambda entry: entry.start)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file says of itself. Raises ``StorageError`` for a damaged file."""
+    with _damage(path):
+        return dict(_header(path)[0].get(METADATA) or {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors' bytes begin."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(min(length, MAX_HEADER))), 8 + length
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise StorageError(f"{path} is not a readable safetensors file", "download it again") from error
 
 
 def _entry(name: str, value: dict[str, Any], offset: int) -> Entry:
@@ -75,10 +94,15 @@ def _entry(name: str, value: dict[str, Any], offset: int) -> Entry:
     return entry
 
 
-def write_tensors(path: Path, entries: Iterable[Entry], produce: Callable[[Entry], Tensor]) -> int:
+def write_tensors(
+    path: Path,
+    entries: Iterable[Entry],
+    produce: Callable[[Entry], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> int:
     """Write a file whose tensors ``produce`` makes one after the other. Returns the bytes of all tensors."""
     entries = list(entries)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {METADATA: {"format": "pt"} | (metadata or {})}
     position = 0
     for entry in entries:
         end = position + entry.num_bytes

@@ -57,6 +57,17 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     },
+    "mixtral": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+    },
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "bert": {
         "vocab_size": VOCABULARY,
@@ -96,7 +107,7 @@ def tiny_model(kind: str, task: str = "causal_lm", seed: int = 0, **changes: Any
     model = AUTO[task].from_config(tiny_config(kind, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
     return model.eval()
 

@@ -10,10 +10,21 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.configuration import TASK_TYPES, peft_config
 from lora_cli.adapters.files import load_trained, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base, parametrisation
+from lora_cli.adapters.injection import (
+    adapters_of,
+    attach,
+    find_saved,
+    find_targets,
+    freeze_base,
+    packable_modules,
+    parametrisation,
+    quantize,
+)
+from lora_cli.adapters.quantized import quantized
 from lora_cli.adapters.tokens import attach_rows, find_rows
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
 from lora_cli.commands.provenance import Provenance
@@ -87,12 +98,33 @@ def loaded_by_peft(base: Path, folder: Path, task: str) -> nn.Module:
     return peft.PeftModel.from_pretrained(base_model(base, task), str(folder)).eval()
 
 
-def loaded_by_us(folder: Path, base: str | None = None) -> nn.Module:
+def loaded_by_us(folder: Path, base: str | None = None, *, dense: bool = False) -> nn.Module:
+    """The trained model: the base, packed where its provenance says so (of a float32 run), and the adapter.
+
+    ``dense``: the full base and the adapter.
+    """
     fitted = fit_adapter(folder, base)
     model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32)
+    if fitted.provenance.quantization is not None and not dense:
+        quantize(model, packable_modules(model, fitted.adapter.saved_modules), fitted.provenance.quantization)
     attach_fitted(model, fitted)
     load_trained(model, tensors_of(fitted.adapter))
     return model.eval()
+
+
+def seen_in_training(adapter: Path, folder: Path) -> Path:
+    """The base as a run computed with it, as a plain dense model: itself, or what was packed, unpacked."""
+    fitted = fit_adapter(adapter)
+    if fitted.provenance.quantization is None and not is_backbone(fitted.base):
+        return fitted.base
+    model, _ = load_model(fitted.base, fitted.config, fitted.task, torch.float32)
+    for name in fitted.quantization.modules if fitted.quantization else ():
+        layer = model.get_submodule(name)
+        packed = quantized(layer, fitted.provenance.quantization)
+        weight_OI = packed.unpack(packed.weight, torch.float32)
+        layer.weight.data = weight_OI.T.contiguous() if packed.transposed else weight_OI
+    model.save_pretrained(folder)
+    return folder
 
 
 def other_weights(base: Path, folder: Path, task: str) -> Path:

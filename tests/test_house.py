@@ -24,6 +24,7 @@ FLOORS = [
     ["errors"],
     ["seeds", "device", "storage", "recipe", "ops", "launch"],
     ["tensorfile", "hub", "distributed"],
+    ["weights"],
     ["models", "adapters"],
     ["data"],
     ["fusion"],
@@ -237,6 +238,7 @@ OWNERS = {  # the names under which a section travels
     "lora": {"lora"},
     "lora.eva_config": {"config"},
     "lora.lora_ga_config": {"lora_ga_config"},
+    "lora.loftq_config": {"config", "loftq_config"},
     "training": {"training"},
 }
 BY_TABLE = {"lora.rank_pattern": "injection.py", "lora.alpha_pattern": "injection.py"}  # getattr(self.lora, key)

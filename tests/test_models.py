@@ -197,7 +197,7 @@ def test_a_missing_shard_is_refused(folder):
 def test_a_truncated_file_is_a_storage_error(folder, keep):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(StorageError, match="cannot be loaded") as caught:
+    with pytest.raises(StorageError, match=r"cannot be loaded|is not a readable safetensors file") as caught:
         load(folder)
     assert caught.value.exit_code == 5
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from lora_cli.adapters.layer import LoRALinear, weight_of
 from lora_cli.adapters.measured import Measured, Rows, eva, lora_ga
 from lora_cli.ops.low_rank import dense
 from lora_cli.recipe import LoraSection
-from lora_cli.seeds import stream
+from lora_cli.seeds import drawing_from, stream
 
 Factors = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 Begin = Callable[[LoRALinear, torch.Generator], Factors]
@@ -64,7 +63,7 @@ def pissa(layer: LoRALinear, generator: torch.Generator, niter: int | None = Non
     if niter is None:
         u_OK, s_K, vh_KI = torch.linalg.svd(weight_OI, full_matrices=False)
     else:
-        with _drawing_from(generator):
+        with drawing_from(generator):
             u_OK, s_K, v_IK = torch.svd_lowrank(weight_OI, layer.r, niter=niter)
         vh_KI = v_IK.T
     roots_R = (s_K[: layer.r] / layer.scaling).sqrt()
@@ -84,15 +83,6 @@ def no_update(layer: LoRALinear) -> Tensor:
 def _weight(layer: LoRALinear) -> Tensor:
     """(O, I) float32."""
     return dense(*weight_of(layer.base), torch.float32).detach().float()
-
-
-@contextmanager
-def _drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """For functions of torch that take no generator."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        yield
 
 
 @dataclass(frozen=True)
@@ -117,6 +107,7 @@ INITIALISATIONS = {
     "olora": Kind(olora, has_start=True),
     "eva": Kind(measured=eva),
     "lora_ga": Kind(measured=lora_ga, has_start=True),
+    "loftq": Kind(),  # lies beside the backbone that is made with it: ``backbone.py``
 }
 PISSA_NITER = re.compile(r"pissa_niter_([1-9][0-9]?)")
 

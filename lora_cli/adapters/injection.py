@@ -22,7 +22,7 @@ from lora_cli.adapters.layer import (
     scaling_of,
 )
 from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
-from lora_cli.adapters.quantized import QuantizedLinear
+from lora_cli.adapters.quantized import QuantizedLinear, quantized
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import LoraSection
 
@@ -72,20 +72,27 @@ def packable_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
     ]
 
 
-def quantize(model: PreTrainedModel, saved: list[str], kind: str) -> None:
-    """Pack the linear layers, in place and one by one: no more than one of them is there in both forms.
+def quantize(model: nn.Module, names: list[str], kind: str) -> None:
+    """Pack linear layers, in place and one by one: no more than one of them is there in both forms.
 
     Always on the device where the weights are read, the CPU: everywhere the same bits.
     """
-    for name in packable_modules(model, saved):
-        model.set_submodule(name, QuantizedLinear(model.get_submodule(name), kind))
-    _let_go_of_files(model)
+    for name in names:
+        model.set_submodule(name, quantized(model.get_submodule(name), kind))
+    let_go_of_files(model)
 
 
-def _let_go_of_files(model: nn.Module) -> None:
+def let_go_of_files(model: nn.Module) -> None:
     """Weights of the type they are stored in are parts of a mapped file, and one of them holds all of it in memory."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, of a packed one as (O, I)."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    return shapes | {f"{name}.weight": (module.out_features, module.in_features) for name, module in packed.items()}
 
 
 def is_below(name: str, roots: list[str]) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_cli.adapters.experts import stacked_update
@@ -14,10 +13,11 @@ from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.injection import tied_partner
 from lora_cli.adapters.layer import fold
 from lora_cli.adapters.quantized import Quantization
-from lora_cli.errors import StorageError, UsageError
+from lora_cli.errors import UsageError
 from lora_cli.hub import weight_files
 from lora_cli.storage import write_json
-from lora_cli.tensorfile import DTYPES, NAMES, Entry, tensor_table, write_tensors
+from lora_cli.tensorfile import DTYPES, NAMES, Entry, write_tensors
+from lora_cli.weights import WeightFile, weight_entries
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def merge_files(
     """
     folding = Folding(adapter, transposed, onto)
     files = weight_files(base)
-    missing = _missing(files, adapter, naming)
+    missing = _missing(base, adapter, naming)
     weight_map: dict[str, str] = {}
     total = 0
     for path in files:
@@ -136,9 +136,9 @@ def with_partners(adapter: Adapter, model: nn.Module) -> Adapter:
     return replace(adapter, tokens=tokens)
 
 
-def _missing(files: list[Path], adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
+def _missing(base: Path, adapter: Adapter, naming: Naming) -> dict[str, Tensor]:
     """Parameters trained in full that the base's files do not hold: a new head."""
-    held = {naming.parameter(entry.name) for path in files for entry in tensor_table(path)}
+    held = {naming.parameter(entry.name) for entry in weight_entries(base)}
     absent = [name for name in adapter.updates if f"{name}.weight" not in held]
     written = {id(table) for name, table in adapter.tokens.items() if f"{name}.weight" in held}
     absent += [name for name, table in adapter.tokens.items() if id(table) not in written]  # one of a tied pair will do
@@ -160,11 +160,11 @@ class _Shard:
     """One weight file of the base, and what becomes of each of its tensors."""
 
     def __init__(self, path: Path, folding: Folding, naming: Naming, dtype: torch.dtype | None) -> None:
-        self.path = path
+        self.file = WeightFile(path)
         self.folding = folding
         self.sources: dict[str, str] = {}  # written name -> name in the base's file
         self.entries: list[Entry] = []
-        for entry in tensor_table(path):
+        for entry in self.file.entries:
             if entry.dtype not in DTYPES:
                 raise UsageError(f"{path}: {entry.name} is stored as {entry.dtype}, which cannot be merged")
             written = naming.written(entry.name)
@@ -174,17 +174,11 @@ class _Shard:
 
     def producer(self, added: dict[str, Tensor]):  # type: ignore[no-untyped-def]
         """The function that makes each tensor of the new file."""
-        try:
-            handle = safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise StorageError(
-                f"{self.path} is not a readable safetensors file: {error}", "download it again"
-            ) from error
 
         def produce(entry: Entry) -> Tensor:
             if entry.name in added:
                 return added[entry.name].to(DTYPES[entry.dtype])
-            tensor = handle.get_tensor(self.sources[entry.name])
+            tensor = self.file.tensor(self.sources[entry.name])
             return self.folding.merged(entry.name, tensor).to(DTYPES[entry.dtype])
 
         return produce

@@ -15,25 +15,23 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.ops.low_rank import Projection, low_rank_linear
-from lora_cli.ops.packing import pack, unpack
+from lora_cli.ops.packing import Packed, unpack
 
 
 class QuantizedLinear(nn.Module):
-    """y = W' x + b with W' = unpack(pack(W)), in the dtype that W had.
+    """y = W' x + b with W' as it is packed, in place of a dense layer.
 
     Only the weight is quantized, never what it is multiplied with; and it is unpacked anew for each product, forward
     and backward. GPT-2's transposed weights are stored as (O, I) too.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, kind: str) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, packed: Packed) -> None:
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
-        weight_OI = base.weight.detach().T if self.transposed else base.weight.detach()
-        self.kind, self.dtype = kind, weight_OI.dtype
-        self.out_features: int = weight_OI.shape[0]
-        self.in_features: int = weight_OI.shape[1]
-        packed, *scales = pack(weight_OI.contiguous(), kind)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.kind, self.dtype = packed.kind, packed.dtype
+        self.out_features, self.in_features = packed.shape
+        weight, *scales = packed.parts
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = base.bias
         self.scales = [f"scale_{number}" for number in range(len(scales))]
         for name, scale in zip(self.scales, scales, strict=True):
@@ -51,6 +49,12 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.kind} of {self.dtype}"
 
 
+def quantized(base: nn.Linear | Conv1D, kind: str) -> QuantizedLinear:
+    """A dense layer packed: it computes with unpack(pack(W)), in the dtype that W had."""
+    weight = base.weight.detach()
+    return QuantizedLinear(base, Packed.of(weight.T if isinstance(base, Conv1D) else weight, kind))
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How a run stored its base: which layers, packed how, and made from which type."""
@@ -61,7 +65,6 @@ class Quantization:
 
     def seen(self, weight: Tensor, transposed: bool) -> Tensor:
         """What a layer with this weight, (O, I) or (I, O) if ``transposed``, computes with once it is packed."""
-        weight_OI = (weight.T if transposed else weight).to(self.dtype).contiguous()
-        shape = (weight_OI.shape[0], weight_OI.shape[1])
-        seen_OI = unpack(pack(weight_OI, self.kind), self.kind, shape, self.dtype)
+        weight_OI = (weight.T if transposed else weight).to(self.dtype)
+        seen_OI = Packed.of(weight_OI, self.kind).weight()
         return seen_OI.T if transposed else seen_OI

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.backbone import START
 from lora_cli.adapters.files import load_trained, read_adapter, tensors_of
 from lora_cli.adapters.initialisation import initialise, kind_of
 from lora_cli.adapters.injection import adapters_of
@@ -33,7 +34,7 @@ def ranks_of(checkpoint: Path | None, plan: Plan) -> Ranks | None:
 
 
 @torch.no_grad()
-def begin(model: PreTrainedModel, plan: Plan, ranks: Ranks | None, world: World) -> None:
+def begin(model: PreTrainedModel, plan: Plan, base: Path, ranks: Ranks | None, world: World) -> None:
     """Give every adapter its first values; zeros of the checkpoint's ranks where ``restore`` puts the values in."""
     layers = adapters_of(model)
     if ranks is not None:
@@ -43,6 +44,10 @@ def begin(model: PreTrainedModel, plan: Plan, ranks: Ranks | None, world: World)
     if plan.recipe.lora.init_from is not None:
         adapter = read_adapter(Path(plan.recipe.lora.init_from).expanduser())
         load_trained(model, {name: tensor.float() for name, tensor in tensors_of(adapter).items()})
+        return
+    if plan.has_backbone:
+        for name, update in read_adapter(base / START).updates.items():
+            layers[name].begin(update.lora_A, update.lora_B)
         return
     initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     model.zero_grad(set_to_none=True)

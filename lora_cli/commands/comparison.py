@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_cli.adapters.files import load_trained, tensors_of
-from lora_cli.adapters.injection import quantize
+from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.adapters.merging import Folding, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.tokens import make_room_for
@@ -162,7 +162,7 @@ def _quantize_from(model: PreTrainedModel, saved: list[str], quantization: Quant
     for name in quantization.modules:
         module = model.get_submodule(name)
         module.weight.data = module.weight.data.to(quantization.dtype)
-    quantize(model, saved, quantization.kind)
+    quantize(model, packable_modules(model, saved), quantization.kind)
 
 
 def rows_to_compare(

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
 from lora_cli.adapters.injection import attach, freeze_base, packable_modules, tied_partner
 from lora_cli.adapters.layer import Parametrisation
@@ -108,7 +109,7 @@ def check_fingerprint(fitted: FittedAdapter) -> None:
 def check_not_quantized(fitted: FittedAdapter) -> None:
     """Raises ``UsageError`` for a base whose stored numbers are not its weights."""
     settings = getattr(fitted.config, "quantization_config", None)
-    if settings is not None:
+    if settings is not None and not is_backbone(fitted.base):
         method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
         raise UsageError(
             f"{fitted.base} is stored quantized ({method}): its numbers are not the weights",

@@ -97,7 +97,8 @@ class MemoryPlanner:
             remote_code=remote_code,
         )
         self.read = tensor_bytes(self.model)
-        quantize_base(self.model, recipe)
+        folder = plan.model.folder.path if plan.model.folder else None
+        self.quantized = quantize_base(self.model, recipe, folder)
         prepare(self.model, recipe, plan.model.new_ids)
         self.model.train()
         how = recipe.training.gradient_checkpointing
@@ -145,8 +146,7 @@ class MemoryPlanner:
 
     def _loading(self, kept: int, on_cpu: bool) -> int:
         """A base is quantized where it is read, from a dense one that is there as a whole."""
-        quantized = self.plan.recipe.model.quantization != "none"
-        return max(self.read, kept) if quantized and on_cpu else kept
+        return max(self.read, kept) if self.quantized and on_cpu else kept
 
     def _step(self, batch: list[Example]) -> StepBytes:
         if self.rehearsed:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.merging import Folding, Naming, merge_files, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.tokens import make_room_for
@@ -25,7 +26,8 @@ from lora_cli.hub import weight_files
 from lora_cli.models import load_model, quiet, read_config, read_tokenizer
 from lora_cli.ops.packing import library
 from lora_cli.storage import free_bytes, new_folder, write_json
-from lora_cli.tensorfile import DTYPES, tensor_table
+from lora_cli.tensorfile import DTYPES
+from lora_cli.weights import weight_entries
 
 COPIED = ("generation_config.json",)
 
@@ -136,16 +138,15 @@ def _base_to_merge_onto(fitted: FittedAdapter, onto: str, *, verify: bool) -> Qu
 def _stored_dtype(base: Path) -> torch.dtype:
     """The floating type of most of the base's bytes."""
     sizes = {torch.float32: 0}
-    for path in weight_files(base):
-        for entry in tensor_table(path):
-            dtype = DTYPES.get(entry.dtype)
-            if dtype is not None and dtype.is_floating_point:
-                sizes[dtype] = sizes.get(dtype, 0) + entry.num_bytes
+    for entry in weight_entries(base):
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is not None and dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + entry.num_bytes
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _check_space(base: Path, output: Path, wanted: torch.dtype | None) -> None:
-    needed = sum(path.stat().st_size for path in weight_files(base))
+    needed = sum(entry.end - entry.start or entry.num_bytes for entry in weight_entries(base))
     if wanted is not None:
         needed = int(needed * wanted.itemsize / _stored_dtype(base).itemsize)
     free = free_bytes(output)
@@ -181,7 +182,7 @@ def tokenizer_of(fitted: FittedAdapter, folder: Path | None, remote_code: bool) 
 
 def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | None, tokenizer: Path | None) -> None:
     """The base's configuration; a classifier's says what its head is and which id is padding."""
-    if fitted.task == "causal_lm" and wanted is None and fitted.vocabulary is None:
+    if fitted.task == "causal_lm" and wanted is None and fitted.vocabulary is None and not is_backbone(fitted.base):
         shutil.copyfile(fitted.base / "config.json", folder / "config.json")
         return
     config = read_config(fitted.base)
@@ -194,6 +195,8 @@ def _write_config(fitted: FittedAdapter, folder: Path, wanted: torch.dtype | Non
         config.dtype = wanted
     if fitted.vocabulary is not None:
         config.get_text_config().vocab_size = fitted.vocabulary
+    if is_backbone(fitted.base):
+        del config.quantization_config  # merged weights are dense
     with quiet():
         config.save_pretrained(folder)
 

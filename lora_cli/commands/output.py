@@ -64,6 +64,11 @@ class OutputFolder:
         """The base of a run that began from a random model: without it the adapter would fit nothing."""
         return self.root / "base"
 
+    @property
+    def backbone(self) -> Path:
+        """The quantized base of a LoftQ run: what training saw, to the bit."""
+        return self.root / "backbone"
+
     def check_usable(self) -> None:
         """Raises ``UsageError`` for a path that is no folder, or a folder with somebody else's files.
 

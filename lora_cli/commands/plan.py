@@ -29,7 +29,7 @@ from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, Stora
 from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet, set_labels
 from lora_cli.ops.packing import library
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
-from lora_cli.recipe.rules import was_changed
+from lora_cli.recipe.rules import is_quantized, was_changed
 from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
@@ -58,6 +58,11 @@ class Plan:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether the run trains on a base that it quantizes itself, when it begins, and keeps."""
+        return self.recipe.lora.init_lora_weights == "loftq"
 
     @property
     def pad_id(self) -> int:
@@ -140,13 +145,14 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
 
 def check_quantization(recipe: Recipe) -> None:
     """Raises ``UsageError`` where bitsandbytes is missing, ``RecipeError`` on a device that it does not serve."""
-    kind = recipe.model.quantization
-    if kind == "none":
+    if not is_quantized(recipe):
         return
+    kind = recipe.model.quantization
+    path, what = (("lora", "init_lora_weights"), "loftq") if kind == "none" else (("model", "quantization"), kind)
     device = choose_device(recipe.training.use_cpu)
     if device.type not in ("cpu", "cuda"):
-        message = f"{kind} works on CUDA and on the CPU, not on {device.type}"
-        raise RecipeError([Mistake(("model", "quantization"), message, "set training.use_cpu: true, or remove it")])
+        message = f"{what} works on CUDA and on the CPU, not on {device.type}"
+        raise RecipeError([Mistake(path, message, "set training.use_cpu: true, or remove it")])
     library()
 
 
@@ -278,7 +284,8 @@ def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None)
     weights = 4 * counted.trainable
     checkpoints = recipe.training.save_total_limit + 2  # the best one, and the one being written
     final = weights if recipe.method == "lora" else 4 * counted.total
-    base = 4 * counted.total if recipe.model.config is not None else 0
+    made = (recipe.model.config is not None) + (recipe.lora.init_lora_weights == "loftq")
+    base = 4 * counted.total * made
     states = cache.bytes if cache is not None and cache.where == "disk" else 0
     return 3 * weights * checkpoints + final + base + states
 

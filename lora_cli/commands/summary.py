@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import lora_cli
+from lora_cli.adapters.backbone import LoftQReport
 from lora_cli.commands.plan import Plan
 from lora_cli.device import peak_memory_bytes
 from lora_cli.tasks import Metrics
@@ -42,12 +43,15 @@ class Summary:
     dtype: str
     result: str
     versions: dict[str, str] = field(default_factory=dict)
+    loftq: dict[str, float] | None = None  # bits, iterations, and the median of the layers' relative errors
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def summarise(plan: Plan, result: Path, state: State, lines: list[dict[str, Any]]) -> Summary:
+def summarise(
+    plan: Plan, result: Path, state: State, lines: list[dict[str, Any]], loftq: LoftQReport | None = None
+) -> Summary:
     """The figures of a run that is finished; ``lines`` are those of metrics.jsonl."""
     counted = plan.model.counted
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -71,6 +75,7 @@ def summarise(plan: Plan, result: Path, state: State, lines: list[dict[str, Any]
         dtype=str(plan.dtype).removeprefix("torch."),
         result=os.fspath(result),
         versions=versions(),
+        loftq=loftq.figures if loftq else None,
     )
 
 

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.backbone import read_report
 from lora_cli.adapters.files import load_trained
 from lora_cli.commands.autosize import Choice, agreed, is_auto, planned, prove
+from lora_cli.commands.base import base_folder, known_base
 from lora_cli.commands.beginning import Ranks, begin, ranks_of
 from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
@@ -29,11 +31,11 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
-from lora_cli.hub import model_folder, weight_files
-from lora_cli.models import fingerprint, head_modules, load_model, quiet, random_model
+from lora_cli.hub import weight_files
+from lora_cli.models import fingerprint, head_modules, load_model
 from lora_cli.recipe import LoadedRecipe
 from lora_cli.seeds import stream_seed
-from lora_cli.storage import hold_folder, is_intact, new_folder
+from lora_cli.storage import hold_folder, is_intact
 from lora_cli.tasks import TASKS
 from lora_cli.training.checkpoint import Checkpoints, State, read_trained, restore, state_of
 from lora_cli.training.loop import LoopSettings
@@ -49,6 +51,8 @@ class TrainObserver(Observer, Protocol):
     """A run's observer that is also told of its beginning."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def quantized(self, done: int, total: int) -> None: ...
 
     def network(self, network: Network) -> None: ...
 
@@ -73,13 +77,14 @@ class Standing:
     state: State
     checkpoint: Path | None  # known to the main process: it reads for all
     identity: dict[str, Any]
-    base: Path
+    base: Path  # the folder of the weights that it trains on
     set_aside: Path | None = None
     summary: Summary | None = None  # of a run that is finished
 
     def named(self, plan: Plan) -> str:
-        """The base as the adapter names it: as the recipe does, or the folder of a random one."""
-        return os.fspath(self.base) if plan.model.folder is None else plan.recipe.model.path or ""
+        """The base as the adapter names it: as the recipe does, or the folder that this run made."""
+        made = plan.model.folder is None or plan.has_backbone
+        return os.fspath(self.base) if made else plan.recipe.model.path or ""
 
 
 def train(
@@ -107,7 +112,7 @@ def train(
             plan = make_plan(loaded, remote_code=remote_code, world=world)
         # 2. is this the beginning, the continuation or the end of a run?
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
-        standing = find_standing(plan, output, checkpoints, world, fresh=fresh)
+        standing = find_standing(plan, output, checkpoints, observer, world, fresh=fresh)
         observer.begins(plan, output, standing.state, standing.set_aside)
         if world.tell(standing.summary is not None):
             return finished_outcome(plan, output, standing) if world.is_main else None
@@ -167,7 +172,9 @@ def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World, *, fr
         weight_files(Path(name))
 
 
-def find_standing(plan: Plan, output: OutputFolder, checkpoints: Checkpoints, world: World, *, fresh: bool) -> Standing:
+def find_standing(
+    plan: Plan, output: OutputFolder, checkpoints: Checkpoints, observer: TrainObserver, world: World, *, fresh: bool
+) -> Standing:
     """The main process looks into the output folder, and the others are told."""
     set_aside, found, state = None, None, State()
     with world.together():
@@ -176,7 +183,7 @@ def find_standing(plan: Plan, output: OutputFolder, checkpoints: Checkpoints, wo
             found = checkpoints.newest()
             if found is None:
                 output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
-            base = base_folder(plan, output, made_before=found is not None)
+            base = base_folder(plan, output, made_before=found is not None, tell=observer.quantized)
     with world.together():
         if not world.is_main:
             base = known_base(plan, output)
@@ -227,7 +234,7 @@ def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing) -> O
     if state.best is not None and state.best.step != state.step:
         load_trained(model, read_trained(run.checkpoints.intact(state.best.step)))
     lines = run.metrics.read()
-    summary = summarise(plan, output.result, state, lines)
+    summary = summarise(plan, output.result, state, lines, read_report(standing.base))
     save_result(output, plan, model, run.adapter_config, summary, standing.identity["base"])
     return Outcome(plan, output, summary, lines)
 
@@ -235,30 +242,6 @@ def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing) -> O
 def is_finished(plan: Plan, state: State) -> bool:
     evaluated = not plan.dataset.eval or state.evaluated_step == state.step
     return (state.step == plan.total_steps or state.stopped_early) and evaluated
-
-
-def base_folder(plan: Plan, output: OutputFolder, *, made_before: bool) -> Path:
-    """The folder of the base's weights. A random base is made when a run begins, and kept with it."""
-    recipe = plan.recipe
-    if plan.model.folder is not None:
-        assert recipe.model.path is not None
-        return model_folder(recipe.model.path, recipe.model.revision).path
-    if not (made_before and is_intact(output.base)):  # without a checkpoint, it may be another recipe's
-        # float32 as drawn: what is rounded is the run's choice, not the file's
-        model = random_model(plan.model.config, recipe.task, torch.float32, recipe.training.seed)
-        with new_folder(output.base, replace=True) as folder, quiet():
-            model.save_pretrained(folder)
-    return output.base
-
-
-def known_base(plan: Plan, output: OutputFolder) -> Path:
-    """The same folder for the processes that do not make it."""
-    if plan.model.folder is None and not is_intact(output.base):
-        raise UsageError(
-            f"the random base that the main process wrote to {output.base} is not to be seen here",
-            "set output_dir to a folder that all machines share",
-        )
-    return base_folder(plan, output, made_before=True)
 
 
 def is_sharded(plan: Plan, world: World) -> bool:
@@ -283,13 +266,13 @@ def build_model(
         remote_code=remote_code,
     )
     _check_missing(missing, plan, base)
-    if quantize_base(model, recipe):
+    if quantize_base(model, recipe, base):
         give_back_freed_memory()  # the dense weights
     prepare(model, recipe, plan.model.new_ids)
     sharded = is_sharded(plan, world)
     if not sharded:
         model.to(plan.device)
-    begin(model, plan, ranks, world)
+    begin(model, plan, base, ranks, world)
     if sharded:
         shard_layers(model, plan.device)
         model.to(plan.device)

@@ -10,20 +10,24 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.backbone import is_backbone, pack_as_stored
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, single_updates, targets_of
 from lora_cli.adapters.injection import (
     Target,
     adapters_of,
     attach,
+    dense_shapes,
     find_saved,
     find_targets,
     freeze_base,
     outermost,
+    packable_modules,
     parametrisation,
     quantize,
     tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
 from lora_cli.commands.fitted import copied_rows, copies_in_full
@@ -132,8 +136,7 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
     if adapter.task != recipe.task:
         raise RecipeError([Mistake(path, f"is an adapter for {adapter.task}, and this run's task is {recipe.task}")])
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    if wrong := mismatches(adapter, shapes, transposed):
+    if wrong := mismatches(adapter, dense_shapes(model), transposed):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         message = f"does not fit this model: {wrong[0]}{more}"
         raise RecipeError([Mistake(path, message, "name the adapter's own base in model.path")])
@@ -153,14 +156,21 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         raise RecipeError([Mistake(path, f"holds a copy of {name}, which shares its weight with {partner}")])
 
 
-def quantize_base(model: PreTrainedModel, recipe: Recipe) -> bool:
-    """Pack a base's linear layers as the recipe says, in place, before it is prepared; whether it says so.
+def quantize_base(model: PreTrainedModel, recipe: Recipe, base: Path | None) -> bool:
+    """Pack a base's linear layers, in place, before it is prepared: as the recipe says, or as they lie in its folder.
 
-    The skeleton that parameters are counted in stays dense: four bits are still one parameter each.
+    Whether there are any. The skeleton that parameters are counted in stays dense: four bits are still one parameter
+    each. A model on the meta device may be that of a backbone that is still to be made.
     """
-    if recipe.model.quantization == "none":
+    if base is not None and is_backbone(base):
+        pack_as_stored(model, base)
+    elif recipe.model.quantization != "none":
+        quantize(model, packable_modules(model, _in_full(model, recipe)), recipe.model.quantization)
+    elif recipe.lora.init_lora_weights == "loftq":
+        targets = find_targets(model, recipe.lora, _in_full(model, recipe))
+        quantize(model, [target.name for target in targets], KINDS[recipe.lora.loftq_config.loftq_bits])
+    else:
         return False
-    quantize(model, _in_full(model, recipe), recipe.model.quantization)
     return True
 
 
@@ -182,10 +192,8 @@ def _origin(folder: str) -> Adapter:
 def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     """Refuse what would fail, or be lost, only after the weights are loaded."""
     mistakes = []
-    if getattr(model.config, "quantization_config", None) is not None:
-        message = "is stored quantized, and only bases that this tool quantizes itself can be trained on"
-        cure = "name the base that it was made from, with model.quantization: nf4 or int8"
-        mistakes.append(Mistake(("model", "path"), message, cure))
+    if mistake := _wrongly_quantized(recipe, model):
+        mistakes.append(mistake)
     if reason := refuses(
         model.skeleton, recipe.training.gradient_checkpointing, choose_device(recipe.training.use_cpu)
     ):
@@ -205,6 +213,24 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
         mistakes.append(Mistake(("model", "path"), message))
     if mistakes:
         raise RecipeError(mistakes)
+
+
+def _wrongly_quantized(recipe: Recipe, model: ModelPlan) -> Mistake | None:
+    """A base that is stored quantized: read where this tool has made it so, and never quantized again."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return None
+    if recipe.lora.init_lora_weights == "loftq":
+        message = "is stored quantized, and init_lora_weights: loftq quantizes the base itself, from its dense weights"
+        return Mistake(("model", "path"), message, "name the base that it was made from")
+    if model.folder is None or not is_backbone(model.folder.path):
+        message = "is stored quantized, and only bases that this tool quantizes itself can be trained on"
+        cure = "name the base that it was made from, with model.quantization: nf4 or int8"
+        return Mistake(("model", "path"), message, cure)
+    if recipe.method != "lora":
+        return Mistake(("model", "path"), f"is stored quantized, and method: {recipe.method} writes a whole model")
+    if recipe.model.quantization != "none":
+        return Mistake(("model", "quantization"), "has no effect on a base that is stored quantized", "remove it")
+    return None
 
 
 def count(model: nn.Module) -> Counted:

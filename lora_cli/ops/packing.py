@@ -1,7 +1,8 @@
-"""Weights packed into 4 or 8 bits and made again from them, in the formats of bitsandbytes.
+"""Weights packed into 2, 3, 4 or 8 bits and made again from them, in the formats of bitsandbytes where it has one.
 
 nf4 (arXiv:2305.14314, section 3): blocks of 64 weights share a scale, and each weight is one of 16 quantiles of the
 normal distribution; the scales are packed into 8 bits themselves (double quantization). 0.516 bytes a weight.
+nf2 and nf3: the same with 4 and 8 quantiles (``quantiles.py``). 0.266 and 0.391 bytes a weight.
 int8 (arXiv:2208.07339, section 2.1): a row shares a scale, and each weight is a whole number of 127ths of it.
 
 Only packing and unpacking are bitsandbytes': products run on the unpacked weight.
@@ -17,8 +18,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.errors import UsageError
+from lora_cli.ops.quantiles import SIZE, pack_codes, unpack_codes
 
-SIZE = 64  # weights that share a scale
 SCALES = 256  # scales that share one in turn
 AT_A_TIME, IN_CACHE = 2**22, 2**18  # weights that are packed at a time, and unpacked on the CPU
 Parts = tuple[Tensor, ...]  # the packed weight, and what else it takes to unpack it
@@ -47,6 +48,28 @@ def unpack(parts: Parts, kind: str, shape: tuple[int, int], dtype: torch.dtype) 
     return FORMATS[kind].unpack(parts, shape, dtype)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A weight as it is stored, with all that it takes to make it again."""
+
+    parts: Parts
+    kind: str
+    shape: tuple[int, int]  # (O, I)
+    dtype: torch.dtype  # of the weight that it stands for
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, kind: str) -> Packed:
+        out_features, in_features = weight_OI.shape
+        return cls(pack(weight_OI.contiguous(), kind), kind, (out_features, in_features), weight_OI.dtype)
+
+    def to(self, device: torch.device) -> Packed:
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
+    def weight(self) -> Tensor:
+        """(O, I)"""
+        return unpack(self.parts, self.kind, self.shape, self.dtype)
+
+
 @cache
 def library() -> Any:
     """``bitsandbytes.functional``. Raises ``UsageError`` where it is not installed."""
@@ -54,7 +77,7 @@ def library() -> Any:
         try:
             return importlib.import_module("bitsandbytes.functional")
         except ImportError:
-            message = "model.quantization: bitsandbytes is not installed"
+            message = "a quantized base needs bitsandbytes, which is not installed"
             raise UsageError(message, "pip install 'lora-cli[quant]'") from None
 
 
@@ -76,16 +99,18 @@ def _quietly() -> Iterator[None]:
             del sys.modules["kernels"]
 
 
-def _pack_nf4(weight_OI: Tensor) -> Parts:
-    """``quantize_4bit`` with ``compress_statistics``, in parts: it makes float32 copies of what it gets."""
-    parts = [
-        library().quantize_4bit(blocks_KS, blocksize=SIZE, quant_type="nf4")
-        for blocks_KS in _blocks(weight_OI).split(AT_A_TIME // SIZE)
-    ]
-    scale_K = torch.cat([state.absmax for _, state in parts])
+def _pack_blocks(weight_OI: Tensor, pack_part: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Parts:
+    """Codes and scales of all blocks, some at a time: packing makes float32 copies of what it gets."""
+    parts = [pack_part(blocks_KS) for blocks_KS in _blocks(weight_OI).split(AT_A_TIME // SIZE)]
+    scale_K = torch.cat([scales for _, scales in parts])
     offset = scale_K.mean()
     scales_K, state = library().quantize_blockwise(scale_K - offset, blocksize=SCALES)
     return torch.cat([packed for packed, _ in parts]), scales_K, state.absmax, offset
+
+
+def _nf4_part(blocks_KS: Tensor) -> tuple[Tensor, Tensor]:
+    packed, state = library().quantize_4bit(blocks_KS, blocksize=SIZE, quant_type="nf4")
+    return packed, state.absmax
 
 
 def _blocks(weight_OI: Tensor) -> Tensor:
@@ -98,9 +123,14 @@ def _blocks(weight_OI: Tensor) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % SIZE)).view(-1, SIZE)
 
 
-def _unpack_nf4(parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _unpack_blocks(
+    parts: Parts,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    unpack_part: Callable[[Tensor, Tensor, torch.dtype], Tensor],
+) -> Tensor:
     packed, scales_K, coarse, offset = parts
-    blocks_KS = _unpacked_blocks(packed, _fine_scales(scales_K, coarse, offset), dtype)
+    blocks_KS = unpack_part(packed, _fine_scales(scales_K, coarse, offset), dtype)
     return blocks_KS.view(-1)[: shape[0] * shape[1]].view(shape)
 
 
@@ -112,7 +142,7 @@ def _fine_scales(scales_K: Tensor, coarse: Tensor, offset: Tensor) -> Tensor:
     return library().dequantize_blockwise(scales_K, absmax=coarse, code=code, blocksize=SCALES).add_(offset)
 
 
-def _unpacked_blocks(packed: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack_nf4_part(packed: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:
     """(K, S)"""
     shape = (len(scale_K), SIZE)
     if packed.is_meta:
@@ -127,10 +157,22 @@ def _scale_code(device: torch.device) -> Tensor:
     return library().create_dynamic_map().to(device)
 
 
-def _sizes_nf4(weight_OI: Tensor) -> Parts:
+def _unpack_few_bits(bits: int, packed: Tensor, scale_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """(K, S), some blocks at a time: what is made on the way then stays in the processor's cache."""
+    blocks_KS = torch.empty(len(scale_K), SIZE, dtype=dtype, device=packed.device)
+    if packed.is_meta:
+        return blocks_KS
+    count = IN_CACHE // SIZE if packed.device.type == "cpu" else max(1, len(scale_K))
+    planes_KBP = packed.view(len(scale_K), bits, SIZE // 8)
+    for out, planes, scale in zip(blocks_KS.split(count), planes_KBP.split(count), scale_K.split(count), strict=True):
+        out.copy_(unpack_codes(planes, scale))
+    return blocks_KS
+
+
+def _sizes_of_blocks(bits: int, weight_OI: Tensor) -> Parts:
     blocks = -(-weight_OI.numel() // SIZE)
     return (
-        _on_paper(blocks * SIZE // 2, 1, dtype=torch.uint8),
+        _on_paper(blocks * SIZE * bits // 8, 1, dtype=torch.uint8),
         _on_paper(blocks, dtype=torch.uint8),
         _on_paper(-(-blocks // SCALES)),
         _on_paper(),
@@ -174,7 +216,21 @@ class Format:
     sizes: Callable[[Tensor], Parts]
 
 
+def _few_bits(bits: int) -> Format:
+    return Format(
+        partial(_pack_blocks, pack_part=partial(pack_codes, bits=bits)),
+        partial(_unpack_blocks, unpack_part=partial(_unpack_few_bits, bits)),
+        partial(_sizes_of_blocks, bits),
+    )
+
+
 FORMATS = {
-    "nf4": Format(_pack_nf4, _unpack_nf4, _sizes_nf4),
+    "nf2": _few_bits(2),
+    "nf3": _few_bits(3),
+    "nf4": Format(
+        partial(_pack_blocks, pack_part=_nf4_part),
+        partial(_unpack_blocks, unpack_part=_unpack_nf4_part),
+        partial(_sizes_of_blocks, 4),
+    ),
     "int8": Format(_pack_int8, _unpack_int8, _sizes_int8),
 }

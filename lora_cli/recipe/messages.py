@@ -40,8 +40,6 @@ FOREIGN_KEYS = {
     "load_in_4bit": "write model.quantization: nf4",
     "load_in_8bit": "write model.quantization: int8",
     "quantization_bit": "write model.quantization: nf4 (4 bits) or int8 (8 bits)",
-    "loftq_config": "LoftQ is not supported yet (it quantizes the base itself, so it never goes with an "
-    "already quantized model)",
     "packing": "rows are never packed into one another",
     "resume_from_checkpoint": "the same command resumes by itself",
     "overwrite_output_dir": "to start over, type the flag --fresh",

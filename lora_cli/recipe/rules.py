@@ -43,6 +43,11 @@ def has_evaluation(recipe: Recipe) -> bool:
     return bool(data.eval_path or data.eval_split or data.eval_size)
 
 
+def is_quantized(recipe: Recipe) -> bool:
+    """Whether some of the base's weights are packed while the run lasts."""
+    return recipe.model.quantization != "none" or recipe.lora.init_lora_weights == "loftq"
+
+
 def was_changed(section: Section, name: str, key: str, source: Source) -> bool:
     """Whether a key was written down with another value than its default: resolved.yaml writes them all."""
     field = type(section).model_fields[key]
@@ -98,6 +103,13 @@ def _quantized_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 def _quantized_begins_as_it_is(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     kind, start = recipe.model.quantization, str(recipe.lora.init_lora_weights).lower()
+    if kind != "none" and start == "loftq":
+        yield Mistake(
+            ("model", "quantization"),
+            f"{kind} cannot be combined with init_lora_weights: loftq, which quantizes the base itself, from its dense "
+            "weights",
+            "remove it; lora.loftq_config.loftq_bits says how many bits",
+        )
     if kind != "none" and start.startswith(STARTS_FROM_WEIGHTS):
         yield Mistake(
             ("lora", "init_lora_weights"),
@@ -107,12 +119,13 @@ def _quantized_begins_as_it_is(recipe: Recipe, source: Source) -> Iterator[Mista
 
 
 def _quantized_is_not_sharded(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    if recipe.model.quantization != "none" and recipe.training.strategy == "fsdp":
+    key = "model.quantization" if recipe.model.quantization != "none" else "init_lora_weights: loftq"
+    if is_quantized(recipe) and recipe.training.strategy == "fsdp":
         yield Mistake(
             ("training", "strategy"),
-            "fsdp cannot be combined with model.quantization: it cuts weights up by rows, and packed ones have blocks "
-            "and scales instead",
-            "use ddp, or remove model.quantization",
+            f"fsdp cannot be combined with {key}: it cuts weights up by rows, and packed ones have blocks and scales "
+            "instead",
+            f"use ddp, or remove {key}",
         )
 
 
@@ -186,7 +199,7 @@ def _orthogonal_is_even(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 
 def _config_of_its_kind(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    kinds = {"eva_config": "eva", "lora_ga_config": "lora_ga"}
+    kinds = {"eva_config": "eva", "lora_ga_config": "lora_ga", "loftq_config": "loftq"}
     for key, kind in kinds.items():
         if recipe.lora.init_lora_weights != kind and was_changed(recipe.lora, "lora", key, source):
             yield Mistake(("lora", key), f"belongs to init_lora_weights: {kind}", "remove it, or ask for that")

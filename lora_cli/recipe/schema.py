@@ -131,6 +131,15 @@ class LoraGaSection(Section):
     rows: PositiveInt = Field(32, description="training rows to take the gradient of")
 
 
+class LoftQSection(Section):
+    """How `init_lora_weights: loftq` quantizes the base."""
+
+    loftq_bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight: 2, 3, 4 (nf4) or 8 (int8)")
+    loftq_iter: PositiveInt = Field(
+        1, description="how often to quantize and decompose by turns; the paper uses 5, the time is proportional"
+    )
+
+
 class LoraSection(Section):
     """The adapter."""
 
@@ -171,10 +180,14 @@ class LoraSection(Section):
         True,
         description="where A and B begin: true (A Kaiming-uniform, B zero), gaussian (A normal, B zero), orthogonal, "
         "pissa or pissa_niter_N (the weight's largest singular directions; N: fast, with N iterations), olora (its QR "
-        "decomposition), eva (directions of the rows' activations), lora_ga (directions of their gradient)",
+        "decomposition), eva (directions of the rows' activations), lora_ga (directions of their gradient), loftq "
+        "(what quantizing the base loses)",
     )
     eva_config: EvaSection = Field(EvaSection(), description="of init_lora_weights: eva")
     lora_ga_config: LoraGaSection = Field(LoraGaSection(), description="of init_lora_weights: lora_ga")
+    loftq_config: LoftQSection = Field(
+        LoftQSection(), description="of init_lora_weights: loftq; for a base that is not quantized already"
+    )
 
 
 class TrainingSection(Section):

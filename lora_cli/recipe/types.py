@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-Initialisations = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+Initialisations = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga", "loftq")
 PISSA_NITER = re.compile(r"pissa_niter_[1-9][0-9]?")
 Trackers = ("tensorboard", "wandb", "trackio")
 SPLIT = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?[0-9]+%?)?:(?P<stop>-?[0-9]+%?)?\])?")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lora_cli.adapters.backbone import LoftQReport, read_report
 from lora_cli.commands.autosize import Choice
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan
@@ -27,6 +28,8 @@ class Silence:
     """Watches and says nothing: what ``--json`` wants."""
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None: ...
+
+    def quantized(self, done: int, total: int) -> None: ...
 
     def network(self, network: Network) -> None: ...
 
@@ -55,10 +58,31 @@ class TrainingScreen(Silence):
         self.total = 0
         self.bar: Progress | None = None
         self.steps = self.rows = TaskID(0)
+        self.layers: Progress | None = None
+
+    def quantized(self, done: int, total: int) -> None:
+        """A terminal shows how far it is: large layers take seconds each."""
+        if self.console.is_terminal and self.layers is None:
+            self.layers = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed} of {task.total} layers"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.layers.add_task("quantizing", total=total)
+            self.layers.start()
+        if self.layers is not None:
+            self.layers.update(TaskID(0), completed=done)
+            if done == total:
+                self.layers.stop()
 
     def begins(self, plan: Plan, output: OutputFolder, state: State, set_aside: Path | None) -> None:
         self.total = plan.total_steps
-        facts(self.console, plan_facts(plan, _where_it_stands(plan, state, set_aside)))
+        report = read_report(output.backbone) if plan.has_backbone else None
+        more = [("loftq", _what_was_lost(report))] if report is not None else []
+        facts(self.console, plan_facts(plan, _where_it_stands(plan, state, set_aside)) + more)
         self.console.print()
         if self.console.is_terminal and state.step < self.total and not state.stopped_early:
             self.bar = _progress(self.console)
@@ -106,8 +130,9 @@ class TrainingScreen(Silence):
             self.console.print(f"{when}: {figures}")
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        for bar in (self.bar, self.layers):
+            if bar is not None:
+                bar.stop()
             self.bar = None
 
 
@@ -192,3 +217,14 @@ def _next_commands(outcome: Outcome) -> list[tuple[str, str]]:
         ("next", f"lora merge {output.result} -o {output.root / 'merged'}"),
         ("", f"lora count-params {output.result}"),
     ]
+
+
+def _what_was_lost(report: LoftQReport) -> str:
+    """Of the weights, by quantizing them: alone, and with the adapter that makes up for it."""
+    turns = plural(report.iterations, "turn")
+    share = max(report.kept, default=1.0)
+    return (
+        f"{report.bits} bits, {turns}: quantized, the weights are off by {report.plain:.2%} of their norm, with the "
+        f"adapter by {report.loftq:.2%} (median of {plural(len(report.errors), 'module')}; none by more than "
+        f"{share:.0%} of the former)"
+    )

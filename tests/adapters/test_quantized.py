@@ -19,7 +19,7 @@ from lora_cli.adapters.layer import (
     projection_of,
     weight_of,
 )
-from lora_cli.adapters.quantized import Quantization, QuantizedLinear
+from lora_cli.adapters.quantized import Quantization, QuantizedLinear, quantized
 from lora_cli.ops.gated import gated_low_rank
 from lora_cli.ops.low_rank import dense
 from lora_cli.ops.packing import pack, unpack
@@ -61,7 +61,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_forward_and_gradient_are_those_of_the_unpacked_weight(cls, kind, dtype, tolerance):
     base = layer(cls, dtype)
     weight_OI = base.weight.float().T if cls is Conv1D else base.weight.float()
-    packed = QuantizedLinear(base, kind)
+    packed = quantized(base, kind)
     x, dy = inputs(dtype)
     y = packed(x)
     y.backward(dy)
@@ -83,7 +83,7 @@ def test_forward_and_gradient_are_those_of_the_unpacked_weight(cls, kind, dtype,
 def test_an_adapted_layer_is_that_of_a_dense_layer_with_the_unpacked_weight(kind, dropout, use_dora):
     """Through the fused arithmetic, and through the module's own where there is dropout; with DoRA's norms too."""
     form = Parametrisation(dropout=dropout, use_dora=use_dora)
-    packed = QuantizedLinear(layer(), kind)
+    packed = quantized(layer(), kind)
     twin = layer()
     twin.weight.copy_(unpacked(packed))
     found, expected = LoRALinear(packed, 4, 0.5, form), LoRALinear(twin, 4, 0.5, form)
@@ -105,7 +105,7 @@ def test_an_adapted_layer_is_that_of_a_dense_layer_with_the_unpacked_weight(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_projection_behind_a_gate(kind):
-    down = QuantizedLinear(layer(), kind)
+    down = quantized(layer(), kind)
     grads = []
     for projection in (frozen_projection(down), None):
         gate, up = (torch.randn(6, IN, generator=stream(5, name)).requires_grad_(True) for name in ("gate", "up"))
@@ -125,7 +125,7 @@ def test_training_evaluation_and_training_again_is_training_alone(kind, dtype):
     """bitsandbytes' own 4-bit layer repacks its weight in an evaluation on some CPUs, and then gives no gradient."""
 
     def gradient(*, evaluate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = QuantizedLinear(layer(dtype=dtype), kind)
+        packed = quantized(layer(dtype=dtype), kind)
         x, dy = inputs(dtype)
         packed.train()(x).backward(dy)
         if evaluate:
@@ -153,7 +153,7 @@ def test_linear_layers_take_at_most_this_share_of_bfloat16(name, kind, most):
     model = tiny_model(name).to(torch.bfloat16)
     names = list(linear_modules(model))
     before = linear_bytes(model, names)
-    quantize(model, [], kind)
+    quantize(model, packable_modules(model, []), kind)
     assert linear_bytes(model, names) <= most * before
     assert all(isinstance(model.get_submodule(name), QuantizedLinear) for name in names)
 
@@ -162,7 +162,7 @@ def test_linear_layers_take_at_most_this_share_of_bfloat16(name, kind, most):
 def test_on_meta_the_bytes_are_the_same(name):
     real, outlined = tiny_model(name), tiny_model(name).to("meta")
     for model in (real, outlined):
-        quantize(model, [], "nf4")
+        quantize(model, packable_modules(model, []), "nf4")
     names = list(linear_modules(real))
     assert names
     assert linear_bytes(outlined, names) == linear_bytes(real, names)
@@ -196,7 +196,7 @@ def test_a_subclass_of_a_linear_layer_stays_as_it_is():
 def test_what_a_merge_sees_is_what_the_layer_computes_with(kind, cls):
     """Made from the float32 file of a run in bfloat16."""
     base = layer(cls)
-    packed = QuantizedLinear(layer(cls).to(torch.bfloat16), kind)
+    packed = quantized(layer(cls).to(torch.bfloat16), kind)
     seen = Quantization(kind, torch.bfloat16, frozenset()).seen(base.weight, cls is Conv1D)
     assert seen.shape == base.weight.shape
     assert torch.equal((seen.T if cls is Conv1D else seen).float(), unpacked(packed))

@@ -143,6 +143,8 @@ def main() -> None:
     if options.write:
         print(json.dumps(write_shape(SHAPES[options.write[0]], Path(options.write[1]))))  # noqa: T201
         return
+    if unknown := [name for name in options.shapes if name not in (*SHAPES, QUICKSTART)]:
+        parser.error(f"unknown shape {unknown[0]}; one of {', '.join([*SHAPES, QUICKSTART])}")
     results = {}
     print(f"{'shape':<30}{'plan MB':>9}{'peak MB':>9}{'plan / peak':>12}", flush=True)  # noqa: T201
     for name in options.shapes:

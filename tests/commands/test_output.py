@@ -122,6 +122,7 @@ def test_the_summary_is_the_json_that_the_command_prints(recipe, lora, tmp_path)
     result = lora("train", recipe(**{"dataset.eval_size": 4}), "--json")
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result.json
     assert set(result.json) == {
+        "loftq",
         "before",
         "after",
         "metric_for_best_model",

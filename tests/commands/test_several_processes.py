@@ -60,10 +60,10 @@ def reference(recipe, tmp_path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(quantization, recipe, reference, tmp_path):
+@pytest.mark.parametrize("base", [{}, {"model.quantization": "nf4"}, {"lora.init_lora_weights": "loftq"}], ids=str)
+def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(base, recipe, reference, tmp_path):
     """And one process alone writes and speaks."""
-    changes = BUSY | {"model.quantization": quantization}
+    changes = BUSY | base
     alone = reference(**changes)
     assert train(tmp_path / "two", recipe(**changes)) == [0, 0]
     close(tmp_path / "run", alone, rtol=1e-5)

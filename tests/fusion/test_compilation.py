@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.injection import adapters_of
-from lora_cli.adapters.quantized import QuantizedLinear
+from lora_cli.adapters.quantized import quantized
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
 from lora_cli.fusion import proof
@@ -54,13 +54,13 @@ def test_whole_layers_of_a_quantized_base_are_not_compiled_and_fused_forms_of_on
     formulas, layers = pretend(monkeypatch)
     decoder = adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0])
     for layer in adapters_of(decoder).values():
-        layer.base = QuantizedLinear(layer.base, "nf4")
+        layer.base = quantized(layer.base, "nf4")
     with pytest.raises(UsageError, match="whole layers that unpack their weights cannot be compiled"):
         build_compiled_network(decoder, "causal_lm")
     assert layers == []
     llama = adapted("llama", "causal_lm", CAUSAL["llama"][0])
     for layer in adapters_of(llama).values():
-        layer.base = QuantizedLinear(layer.base, "nf4")
+        layer.base = quantized(layer.base, "nf4")
     network = build_compiled_network(llama, "causal_lm")
     assert set(network.forms) == {"norm", "gated", "attention"}
     loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))

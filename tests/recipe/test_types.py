@@ -34,7 +34,9 @@ TAKEN: list[tuple[Callable[[Any], Any], Any, Any]] = [
     (types.trackers, "wandb", ["wandb"]),
     (types.trackers, ["wandb", "trackio"], ["wandb", "trackio"]),
 ]
-INITIALISATION = "must be true, gaussian, orthogonal, pissa, olora, eva, lora_ga or pissa_niter_N (N from 1 to 99)"
+INITIALISATION = (
+    "must be true, gaussian, orthogonal, pissa, olora, eva, lora_ga, loftq or pissa_niter_N (N from 1 to 99)"
+)
 REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
     *(
         (types.recomputation, value, f"must be true, false, selective or offload, not {shown}")
