@@ -14,17 +14,9 @@ from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.configuration import TASK_TYPES, peft_config
 from lora_cli.adapters.files import load_trained, save_adapter, tensors_of, trained_tensors
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import (
-    adapters_of,
-    attach,
-    find_saved,
-    find_targets,
-    freeze_base,
-    packable_modules,
-    parametrisation,
-    quantize,
-)
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base, packable_modules, parametrisation, quantize
 from lora_cli.adapters.quantized import quantized
+from lora_cli.adapters.targets import find_saved, find_targets
 from lora_cli.adapters.tokens import attach_rows, find_rows
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
 from lora_cli.commands.provenance import Provenance

@@ -23,6 +23,7 @@ ORDER = (
     "models.py",
     "adapters",
     "hub.py",
+    "weights.py",
     "ops",
     "recipe",
     "tensorfile.py",

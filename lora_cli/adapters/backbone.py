@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.injection import Target, let_go_of_files
+from lora_cli.adapters.injection import let_go_of_files
 from lora_cli.adapters.loftq import KINDS, Decomposed, decompose
 from lora_cli.adapters.merging import Naming
 from lora_cli.adapters.quantized import QuantizedLinear
+from lora_cli.adapters.targets import Target
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.recipe import LoftQSection

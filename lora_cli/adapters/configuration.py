@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.experts import LoRAStack
-from lora_cli.adapters.injection import Adapted, adapters_of, linear_modules, outermost, stacked_parameters, tied_copies
+from lora_cli.adapters.injection import Adapted, adapters_of, tied_copies
 from lora_cli.adapters.layer import is_transposed, scaling_of
 from lora_cli.adapters.patterns import matches, shortest_list
+from lora_cli.adapters.targets import linear_modules, outermost, stacked_parameters
 from lora_cli.adapters.tokens import token_indices
 from lora_cli.recipe import LoraSection
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.configuration import TASK_TYPES
 from lora_cli.adapters.experts import expert_factors
-from lora_cli.adapters.injection import Target, adapters_of, tied_copies, trained_parameters
+from lora_cli.adapters.injection import adapters_of, tied_copies, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
 from lora_cli.adapters.naming import file_name_of, trained_name_of
 from lora_cli.adapters.patterns import matches
+from lora_cli.adapters.targets import Target
 from lora_cli.adapters.tokens import ROWS, TokenRows, named_rows, rows_agree
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.storage import write_json

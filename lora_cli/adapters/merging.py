@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.experts import stacked_update
 from lora_cli.adapters.files import Adapter
-from lora_cli.adapters.injection import tied_partner
 from lora_cli.adapters.layer import fold
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.targets import tied_partner
 from lora_cli.errors import UsageError
 from lora_cli.hub import weight_files
 from lora_cli.storage import write_json

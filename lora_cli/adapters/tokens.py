@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.injection import is_below, tied_partner
+from lora_cli.adapters.targets import is_below, tied_partner
 from lora_cli.errors import Mistake, RecipeError
 
 ROWS = "trainable_tokens_delta"  # PEFT's name, though they are the rows themselves and no difference

@@ -15,8 +15,9 @@ import torch
 from lora_cli.adapters.backbone import SETTINGS, START, BackboneWriter, settings_for_transformers
 from lora_cli.adapters.configuration import peft_config
 from lora_cli.adapters.files import save_adapter
-from lora_cli.adapters.injection import adapters_of, linear_modules
+from lora_cli.adapters.injection import adapters_of
 from lora_cli.adapters.layer import is_transposed
+from lora_cli.adapters.targets import linear_modules
 from lora_cli.commands.adapter_folder import copy_files
 from lora_cli.commands.output import OutputFolder, save_tokenizer
 from lora_cli.commands.plan import Plan

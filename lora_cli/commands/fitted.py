@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
-from lora_cli.adapters.injection import attach, freeze_base, packable_modules, tied_partner
+from lora_cli.adapters.injection import attach, freeze_base, packable_modules
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.targets import tied_partner
 from lora_cli.adapters.tokens import attach_rows, make_room_for
 from lora_cli.commands.provenance import NAME, Provenance, read_provenance
 from lora_cli.errors import UsageError

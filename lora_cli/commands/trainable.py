@@ -13,22 +13,18 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.backbone import is_backbone, pack_as_stored
 from lora_cli.adapters.files import Adapter, mismatches, read_adapter, single_updates, targets_of
 from lora_cli.adapters.injection import (
-    Target,
     adapters_of,
     attach,
     dense_shapes,
-    find_saved,
-    find_targets,
     freeze_base,
-    outermost,
     packable_modules,
     parametrisation,
     quantize,
-    tied_partner,
 )
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
+from lora_cli.adapters.targets import Target, find_saved, find_targets, outermost, tied_partner
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
 from lora_cli.commands.fitted import copied_rows, copies_in_full
 from lora_cli.device import choose_device

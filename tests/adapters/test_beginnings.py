@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base, parametrisation
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base, parametrisation
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.adapters.measured import _scaled_directions, redistribute
+from lora_cli.adapters.targets import find_targets
 from lora_cli.errors import DataError
 from lora_cli.recipe import LoraSection
 from tests.conftest import tiny_model

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.adapters.experts import LoRAExperts, is_plain, stacked_update
 from lora_cli.adapters.files import read_adapter
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
+from lora_cli.adapters.targets import find_targets
 from lora_cli.errors import RecipeError
 from lora_cli.recipe import LoraSection
 from tests.made import IDS, base_model, distance, loaded_by_peft, loaded_by_us, logits, our_adapter, perturb

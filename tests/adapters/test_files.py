@@ -22,8 +22,9 @@ from lora_cli.adapters.files import (
     tensors_of,
     trained_tensors,
 )
-from lora_cli.adapters.injection import Target, attach, freeze_base
+from lora_cli.adapters.injection import attach, freeze_base
 from lora_cli.adapters.naming import file_name_of, trained_name_of
+from lora_cli.adapters.targets import Target
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.storage import is_intact, new_folder
 from tests.conftest import tiny_model

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.initialisation import INITIALISATIONS, gaussian, initialise, kaiming_uniform
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import LoRALinear
+from lora_cli.adapters.targets import find_targets
 from lora_cli.recipe import LoraSection
 from lora_cli.seeds import stream
 from tests.conftest import tiny_model

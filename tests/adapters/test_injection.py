@@ -10,18 +10,10 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.full import train_in_full
-from lora_cli.adapters.injection import (
-    adapters_of,
-    attach,
-    base_name,
-    find_saved,
-    find_targets,
-    freeze_base,
-    linear_modules,
-    tied_partner,
-)
+from lora_cli.adapters.injection import adapters_of, attach, base_name, freeze_base
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.patterns import ending
+from lora_cli.adapters.targets import find_saved, find_targets, linear_modules, tied_partner
 from lora_cli.errors import RecipeError
 from lora_cli.models import empty_model
 from lora_cli.recipe import LoraSection

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.initialisation import INITIALISATIONS, kind_of
-from lora_cli.adapters.injection import linear_modules, packable_modules, quantize
+from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.adapters.layer import (
     LoRALinear,
     Parametrisation,
@@ -20,6 +20,7 @@ from lora_cli.adapters.layer import (
     weight_of,
 )
 from lora_cli.adapters.quantized import Quantization, QuantizedLinear, quantized
+from lora_cli.adapters.targets import linear_modules
 from lora_cli.ops.gated import gated_low_rank
 from lora_cli.ops.low_rank import dense
 from lora_cli.ops.packing import pack, unpack

@@ -44,7 +44,8 @@ def adapted() -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lora_cli.adapters.initialisation import initialise
-    from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+    from lora_cli.adapters.injection import adapters_of, attach, freeze_base
+    from lora_cli.adapters.targets import find_targets
     from lora_cli.recipe import LoraSection
 
     torch.manual_seed(0)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_cli.adapters.injection import linear_modules, packable_modules, quantize
+from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.adapters.quantized import QuantizedLinear
+from lora_cli.adapters.targets import linear_modules
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.plan import make_plan
 from lora_cli.commands.train import build_model

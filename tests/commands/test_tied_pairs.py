@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_cli.adapters.injection import find_saved, freeze_base
+from lora_cli.adapters.injection import freeze_base
+from lora_cli.adapters.targets import find_saved
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
 from tests.conftest import tiny_model

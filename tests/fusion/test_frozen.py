@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_saved, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.targets import find_saved, find_targets
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import RecipeError

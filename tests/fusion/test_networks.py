@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import projection_of
+from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import PADDED, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.network import Network

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import collate
 from lora_cli.fusion import recompute
 from lora_cli.fusion.layers import repeated_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_cli.adapters.injection import Target
+from lora_cli.adapters.targets import Target
 from lora_cli.report.grouping import group_targets, grouped
 
 

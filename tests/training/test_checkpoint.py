@@ -11,8 +11,9 @@ import torch
 
 from lora_cli.adapters.files import trained_tensors
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import Parametrisation
+from lora_cli.adapters.targets import find_targets
 from lora_cli.errors import StorageError
 from lora_cli.recipe import LoraSection, TrainingSection
 from lora_cli.training import checkpoint

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base
+from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import PADDED, Layout, StepPlan, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import NonFiniteError, OutOfMemoryError

@@ -9,7 +9,8 @@ import numpy as np
 
 from lora_cli import device
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, find_targets, freeze_base, parametrisation
+from lora_cli.adapters.injection import adapters_of, attach, freeze_base, parametrisation
+from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.proof import build_network

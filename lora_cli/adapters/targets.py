@@ -1,0 +1,258 @@
+"""Find the modules that a recipe means: those to adapt, and those to train in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli.adapters.experts import STACKED, stack_shape
+from lora_cli.adapters.layer import (
+    LINEAR_TYPES,
+    features,
+    scaling_of,
+)
+from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
+from lora_cli.errors import KeyPath, Mistake, RecipeError
+from lora_cli.recipe import LoraSection
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt: its name, its rank and the scale of its update."""
+
+    name: str
+    r: int
+    scaling: float
+    in_features: int
+    out_features: int
+    experts: int = 1  # more: the module is a stacked parameter
+
+    @property
+    def numel(self) -> int:
+        return self.experts * self.r * (self.in_features + self.out_features)
+
+
+def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) -> dict[str, nn.Module]:
+    """Linear layers that may be adapted: not the output head, not below ``outside``."""
+    head = model.get_output_embeddings()
+    heads = (head, getattr(head, "base", None))  # where some of its rows are trained, a head has another one inside
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES)
+        and not any(module is one for one in heads)
+        and not is_below(name, outside or [])
+    }
+
+
+def is_below(name: str, roots: list[str]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def outermost(names: list[str]) -> list[str]:
+    """Each once, without those that are inside another one."""
+    distinct = list(dict.fromkeys(names))
+    return [name for name in distinct if not is_below(name, [other for other in distinct if other != name])]
+
+
+def find_targets(model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> list[Target]:
+    """The modules to adapt, in the model's order.
+
+    ``saved`` modules are trained in full and get no adapter. Raises ``RecipeError`` for a pattern that
+    matches nothing, or something that cannot be adapted.
+    """
+    return _Finder(model, lora, saved).find()
+
+
+class _Finder:
+    """Collects every mistake of the lora section before raising them at once."""
+
+    def __init__(self, model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> None:
+        self.model = model
+        self.lora = lora
+        self.saved = saved
+        self.candidates = linear_modules(model, outside=saved)
+        self.oversized: dict[KeyPath, list[str]] = {}
+        self.mistakes: list[Mistake] = []
+
+    def find(self) -> list[Target]:
+        """The targets in the model's order, or every mistake at once."""
+        chosen = self._targeted()
+        chosen -= self._excluded()
+        chosen &= self._in_layers()
+        chosen_in_order = [name for name in self.candidates if name in chosen]
+        targets = [self._target(name) for name in chosen_in_order] + self._stacked()
+        self._check_ranks()
+        self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
+        self._check_patterns("alpha_pattern", self.lora.alpha_pattern, chosen)
+        if not targets and not self.mistakes:
+            self._wrong(("lora",), "leaves no module to adapt: everything targeted is excluded")
+        if self.mistakes:
+            raise RecipeError(self.mistakes)
+        return targets
+
+    def _wrong(self, path: KeyPath, message: str, help: str | None = None) -> None:
+        self.mistakes.append(Mistake(path, message, help))
+
+    def _targeted(self) -> set[str]:
+        patterns = self.lora.target_modules
+        if patterns == "all-linear":
+            return set(self.candidates)
+        path = ("lora", "target_modules")
+        if isinstance(patterns, str):
+            return self._matched(path, patterns)
+        return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
+
+    def _excluded(self) -> set[str]:
+        path = ("lora", "exclude_modules")
+        patterns = self.lora.exclude_modules
+        return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
+
+    def _matched(self, path: KeyPath, pattern: str) -> set[str]:
+        if reason := invalid_reason(pattern):
+            self._wrong(path, reason)
+            return set()
+        found = {name for name in self.candidates if matches(name, pattern)}
+        if not found:
+            self._wrong(path, *self._no_match(pattern))
+        return found
+
+    def _no_match(self, pattern: str) -> tuple[str, str]:
+        """Why a pattern chose nothing, and what it could have been."""
+        endings = sorted({ending(name) for name in self.candidates})
+        have = f"this model has: {', '.join(endings)}"
+        for name, module in self.model.named_modules():
+            if matches(name, pattern):
+                if is_below(name, self.saved):
+                    return f"'{pattern}' is {name}, which is trained in full: it needs no adapter", have
+                kind = "the output head" if isinstance(module, LINEAR_TYPES) else f"of type {type(module).__name__}"
+                return f"'{pattern}' is {name}, {kind}: adapters go on linear layers inside the model", have
+        close = nearest(pattern, self.candidates)
+        return f"no layer is named '{pattern}'", f"did you mean {close}? {have}" if close else have
+
+    def _in_layers(self) -> set[str]:
+        layers = self.lora.layers_to_transform
+        if layers is None:
+            return set(self.candidates)
+        known = {layer for name in self.candidates if (layer := layer_of(name)) is not None}
+        for index, layer in enumerate(layers):
+            if layer not in known:
+                last = max(known, default=-1)
+                message = (
+                    f"has no layer {layer}: this model's layers are 0 to {last}"
+                    if known
+                    else ("cannot be used: this model's modules are not numbered")
+                )
+                self._wrong(("lora", "layers_to_transform", index), message)
+        return {name for name in self.candidates if layer_of(name) in layers}
+
+    def _check_patterns(self, key: str, table: dict[str, int] | dict[str, float], chosen: set[str]) -> None:
+        for pattern in table:
+            if reason := invalid_reason(pattern):
+                self._wrong(("lora", key, pattern), reason)
+            elif not any(matches(name, pattern) for name in chosen):
+                close = nearest(pattern, chosen)
+                help = f"did you mean {close}?" if close else None
+                self._wrong(("lora", key, pattern), "matches no adapted module", help)
+
+    def _target(self, name: str) -> Target:
+        in_features, out_features = features(self.candidates[name])
+        r = self._patterned("rank_pattern", name, self.lora.r)
+        if r > min(in_features, out_features):
+            size = f"{out_features} x {in_features}"
+            key: KeyPath = ("lora", "rank_pattern") if r != self.lora.r else ("lora", "r")
+            self.oversized.setdefault(key, []).append(f"{r} is more than the rank of {name} ({size})")
+        alpha = self._patterned("alpha_pattern", name, self.lora.lora_alpha)
+        return Target(name, r, scaling_of(alpha, r, self.lora.use_rslora), in_features, out_features)
+
+    def _stacked(self) -> list[Target]:
+        """The stacked parameters that `target_parameters` names, in the model's order."""
+        known = stacked_parameters(self.model)
+        for index, pattern in enumerate(self.lora.target_parameters):
+            if not any(matches(name, pattern) for name in known):
+                endings = sorted({".".join(name.split(".")[-2:]) for name in known})
+                have = f"this model has: {', '.join(endings)}" if known else "this model has no stacked experts"
+                self._wrong(("lora", "target_parameters", index), f"no stacked parameter is named '{pattern}'", have)
+        r, scaling = self.lora.r, scaling_of(self.lora.lora_alpha, self.lora.r, self.lora.use_rslora)
+        return [
+            Target(name, r, scaling, in_features, out_features, experts)
+            for name, (experts, in_features, out_features) in known.items()
+            if any(matches(name, pattern) for pattern in self.lora.target_parameters)
+        ]
+
+    def _check_ranks(self) -> None:
+        """One mistake a key: a rank that is too large for one layer is so for all of its kind."""
+        for key, messages in self.oversized.items():
+            more = f" and {len(messages) - 1} more" if len(messages) > 1 else ""
+            self._wrong(key, messages[0] + more)
+
+    def _patterned(self, key: str, name: str, default):  # type: ignore[no-untyped-def]
+        """The first entry of a pattern table that names this module, else the default."""
+        table = getattr(self.lora, key)
+        usable = (pattern for pattern in table if invalid_reason(pattern) is None)
+        return next((table[pattern] for pattern in usable if matches(name, pattern)), default)
+
+
+def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:
+    """The modules that `modules_to_save` names; of a tied pair of embedding and output head always both.
+
+    Raises ``RecipeError`` for a name that matches nothing or holds no parameters, and for one that shares its
+    weight with another module: training it would untie the two.
+    """
+    mistakes, saved = [], []
+    path = ("lora", "modules_to_save")
+    modules = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        if reason := invalid_reason(pattern):
+            mistakes.append(Mistake(path, reason))
+            continue
+        named = outermost([name for name in modules if matches(name, pattern)])
+        found = [name for name in named if any(True for _ in modules[name].parameters())]
+        if not named:
+            endings = sorted({ending(name) for name in modules if not ending(name).isdigit()})
+            close = nearest(pattern, modules)
+            help = f"did you mean {close}? " if close else ""
+            mistakes.append(
+                Mistake(path, f"no module is named '{pattern}'", f"{help}this model has: {', '.join(endings)}")
+            )
+        elif not found:
+            mistakes.append(Mistake(path, f"'{pattern}' is {named[0]}, which holds no parameters to train"))
+        for name in found:
+            partner = tied_partner(model, name)
+            if partner and is_word_pair(model, name, partner):
+                found = [*found, partner]
+            elif partner:
+                mistakes.append(Mistake(path, f"{name} shares its weight with {partner}: training it would untie them"))
+        saved += found
+    if mistakes:
+        raise RecipeError(mistakes)
+    return outermost(saved)
+
+
+def is_word_pair(model: nn.Module, *names: str) -> bool:
+    """Whether these are the input embedding and the output head, which stay tied when both are trained."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return all(any(model.get_submodule(name) is table for table in tables) for name in names)
+
+
+def tied_partner(model: nn.Module, name: str) -> str | None:
+    """A module outside ``name`` that shares a parameter with it."""
+    own = {id(parameter) for parameter in model.get_submodule(name).parameters()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not is_below(other, [name]):
+            return other.rsplit(".", 1)[0]
+    return None
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """(E, I, O) of every stacked parameter that can be adapted, by name."""
+    return {
+        f"{name}.{parameter}": stack_shape(module, parameter)
+        for name, module in model.named_modules()
+        for parameter in STACKED
+        if getattr(getattr(module, parameter, None), "ndim", 0) == 3 and isinstance(getattr(module, parameter), Tensor)
+    }
