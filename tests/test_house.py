@@ -241,7 +241,7 @@ OWNERS = {  # the names under which a section travels
     "lora.loftq_config": {"config", "loftq_config"},
     "training": {"training"},
 }
-BY_TABLE = {"lora.rank_pattern": "injection.py", "lora.alpha_pattern": "injection.py"}  # getattr(self.lora, key)
+BY_TABLE = {"lora.rank_pattern": "targets.py", "lora.alpha_pattern": "targets.py"}  # getattr(self.lora, key)
 
 
 @pytest.mark.parametrize("key", all_keys())

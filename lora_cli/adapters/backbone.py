@@ -117,6 +117,7 @@ class BackboneWriter:
         return None if parameter is None else self._by_parameter[parameter]
 
     def __post_init__(self) -> None:
+        self.targets = [target for target in self.targets if not target.is_embedding]  # a table stays as it is
         self._by_parameter = {f"{target.name}.weight": target for target in self.targets}
         self._naming = Naming(set(self._by_parameter), self.prefix, keep_foreign=True)
 

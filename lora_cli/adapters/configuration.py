@@ -73,7 +73,7 @@ def _parameter_list(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
 
 
 def _target_list(model: PreTrainedModel, chosen: set[str], saved: list[str]) -> list[str]:
-    others = [name.removesuffix(".base") for name in linear_modules(model, outside=saved)]
+    others = [*chosen, *(name.removesuffix(".base") for name in linear_modules(model, outside=saved))]
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     return shortest_list(chosen, {*others, *head})
 

@@ -1,6 +1,7 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Tensor names (PEFT 0.20): ``base_model.model.<module>.lora_A.weight`` (R, I), ``.lora_B.weight`` (O, R); the
+Tensor names (PEFT 0.20): ``base_model.model.<module>.lora_A.weight`` (R, I), ``.lora_B.weight`` (O, R); of an
+embedding ``.lora_embedding_A`` (R, V), ``.lora_embedding_B`` (D, R); the
 parameters of modules trained in full under ``base_model.model.<parameter>``; single trained rows of a table (T, D)
 under ``base_model.model.<module>.token_adapter.trainable_tokens_delta``.
 """
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.configuration import TASK_TYPES
+from lora_cli.adapters.embedding import FACTORS as EMBEDDING_FACTORS
 from lora_cli.adapters.experts import expert_factors
 from lora_cli.adapters.injection import adapters_of, tied_copies, trained_parameters
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE, scaling_of
@@ -42,14 +44,21 @@ class LowRank:
     scaling: float
     magnitude: Tensor | None = None
     experts: int = 1  # more: A (E R, I) and B (O, R E) of a stacked parameter, see ``experts.py``
+    is_embedding: bool = False  # of a table (I, O), which looks its inputs up
 
     @property
     def r(self) -> int:
         return self.lora_A.shape[0] // self.experts
 
     @property
+    def began_as_zero(self) -> Tensor:
+        """The factor that is zero where nothing was learned."""
+        return self.lora_A if self.is_embedding else self.lora_B
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        found = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        names = EMBEDDING_FACTORS if self.is_embedding else FACTORS
+        found = dict(zip(names, (self.lora_A, self.lora_B), strict=True))
         return found if self.magnitude is None else found | {MAGNITUDE: self.magnitude}
 
 
@@ -135,7 +144,7 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
 
 def check_trained(updates: dict[str, LowRank]) -> None:
     """Raises ``StorageError`` for an adapter that changes nothing after training: every B is still zero."""
-    if updates and not any(update.lora_B.any() for update in updates.values()):
+    if updates and not any(update.began_as_zero.any() for update in updates.values()):
         raise StorageError(
             "every lora_B is zero after training: the adapter changes nothing, and was not written",
             "raise training.learning_rate; if it is not tiny, this is a bug to report",
@@ -258,24 +267,35 @@ def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
 def _assemble(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
     adapter = Adapter(config)
     pairs: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind in (*FACTORS, MAGNITUDE):
             pairs.setdefault(module, {})[kind] = tensor
+        elif kind in EMBEDDING_FACTORS:
+            embeddings.add(module)
+            pairs.setdefault(module, {})[kind.replace("embedding_", "")] = tensor
         elif kind == ROWS:
             adapter.tokens[module] = TokenRows(named_rows(config.get("trainable_token_indices"), module), tensor)
         elif "lora_" in kind or "lora_" in module.rpartition(".")[2]:
-            raise UsageError(f"{folder / WEIGHTS} holds {name}: only LoRA and DoRA of linear layers are supported")
+            known = "only LoRA and DoRA of linear layers, and LoRA of embeddings, are supported"
+            raise UsageError(f"{folder / WEIGHTS} holds {name}: {known}")
         else:
             adapter.saved[name] = tensor
+    for module in embeddings:  # PEFT saves a copy of the frozen table with it
+        adapter.saved.pop(f"{module}.base_layer.weight", None)
     for module, pair in pairs.items():
+        if module in embeddings and MAGNITUDE in pair:
+            raise UsageError(f"{folder} adapts the embedding {module} with DoRA, which is not supported")
         if not _is_pair(pair):
             raise StorageError(f"{folder / WEIGHTS}: the tensors of {module} do not fit together")
-        if bool(config.get("use_dora")) != (MAGNITUDE in pair):
+        if module not in embeddings and bool(config.get("use_dora")) != (MAGNITUDE in pair):
             raise StorageError(f"{folder}: use_dora in {CONFIG} does not agree with the tensors of {module}")
         experts = _experts(config, module, pair["lora_A"])
         scaling = scaling_in(config, module, pair["lora_A"].shape[0] // experts)
-        adapter.updates[module] = LowRank(pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts)
+        adapter.updates[module] = LowRank(
+            pair["lora_A"], pair["lora_B"], scaling, pair.get(MAGNITUDE), experts, module in embeddings
+        )
     if not rows_agree(config.get("trainable_token_indices"), adapter.tokens):
         raise StorageError(f"{folder}: trainable_token_indices in {CONFIG} does not agree with the rows in {WEIGHTS}")
     if not (adapter.updates or adapter.saved or adapter.tokens):
@@ -325,7 +345,7 @@ def single_updates(updates: dict[str, LowRank]) -> dict[str, LowRank]:
 
 def targets_of(adapter: Adapter) -> list[Target]:
     return [
-        Target(name, u.r, u.scaling, u.lora_A.shape[1], u.lora_B.shape[0], u.experts)
+        Target(name, u.r, u.scaling, u.lora_A.shape[1], u.lora_B.shape[0], u.experts, u.is_embedding)
         for name, u in adapter.updates.items()
     ]
 
@@ -348,7 +368,7 @@ def mismatches(adapter: Adapter, shapes: dict[str, tuple[int, ...]], transposed:
             continue
         if shape is None:
             wrong.append(f"{name}: the base has no such layer")
-        elif (shape[::-1] if name in transposed else shape) != expected:
+        elif (shape[::-1] if name in transposed or update.is_embedding else shape) != expected:
             wrong.append(f"{name}: the adapter is for {expected}, the base has {shape}")
     for name, table in adapter.tokens.items():
         if reason := table.mismatch(shapes.get(f"{name}.weight")):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.embedding import LoRAEmbedding
 from lora_cli.adapters.layer import LoRALinear, weight_of
 from lora_cli.adapters.measured import Measured, Rows, eva, lora_ga
 from lora_cli.ops.low_rank import dense
@@ -124,9 +125,13 @@ def kind_of(value: bool | str) -> Kind:
 def initialise(layers: dict[str, Any], lora: LoraSection, seed: int, rows: Rows | None = None) -> None:
     """Fill every A and B, from a stream named after its module: adding a module changes no other one.
 
-    ``rows`` are for the kinds that are measured on them.
+    ``rows`` are for the kinds that are measured on them. An embedding has one way to begin, whatever the kind.
     """
     kind = kind_of(lora.init_lora_weights)
+    tables = {name: layer for name, layer in layers.items() if isinstance(layer, LoRAEmbedding)}
+    for name, table in tables.items():
+        table.begin_at_random(stream(seed, "init", name))
+    layers = {name: layer for name, layer in layers.items() if name not in tables}
     if kind.begin is not None:
         for name, layer in layers.items():
             layer.begin(*kind.begin(layer, stream(seed, "init", name)))

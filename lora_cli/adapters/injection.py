@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.embedding import LoRAEmbedding
 from lora_cli.adapters.experts import LoRAExperts, LoRAStack
 from lora_cli.adapters.full import train_in_full
 from lora_cli.adapters.initialisation import kind_of
@@ -21,7 +22,7 @@ from lora_cli.adapters.quantized import QuantizedLinear, quantized
 from lora_cli.adapters.targets import Target, linear_modules, outermost
 from lora_cli.recipe import LoraSection
 
-Adapted = LoRALinear | LoRAStack
+Adapted = LoRALinear | LoRAStack | LoRAEmbedding
 
 
 def packable_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
@@ -75,7 +76,12 @@ def attach(model: nn.Module, targets: list[Target], form: Parametrisation = PLAI
             layers[target.name] = _wrapped(model, parent_name).stack(child, target.r, target.scaling)
             continue
         parent = model.get_submodule(parent_name)
-        layer = LoRALinear(getattr(parent, child), target.r, target.scaling, form)
+        base = getattr(parent, child)
+        layer: Adapted = (
+            LoRAEmbedding(base, target.r, target.scaling)
+            if isinstance(base, nn.Embedding)
+            else LoRALinear(base, target.r, target.scaling, form)
+        )
         setattr(parent, child, layer)
         layers[target.name] = layer
     return layers
@@ -106,7 +112,7 @@ def freeze_base(model: nn.Module, saved: list[str]) -> None:
 
 def adapters_of(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted module or stacked parameter of a model, by the name it has in the base."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAStack)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

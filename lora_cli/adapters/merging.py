@@ -86,6 +86,7 @@ class Folding:
         update = self.adapter.updates.get(module)
         if update is None:
             return tensor
+        transposed = transposed or update.is_embedding
         return fold(tensor, update.lora_A, update.lora_B, update.scaling, transposed, update.magnitude)
 
 

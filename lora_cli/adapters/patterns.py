@@ -20,6 +20,11 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
+def is_wild(pattern: str) -> bool:
+    """Whether it is more than a name or the ending of one."""
+    return pattern.startswith("re:") or any(character in pattern for character in "*?[")
+
+
 def invalid_reason(pattern: str) -> str | None:
     """Why a pattern cannot be used at all, if so."""
     if not pattern.startswith("re:"):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.embedding import is_plain_table
 from lora_cli.adapters.experts import STACKED, stack_shape
 from lora_cli.adapters.layer import (
     LINEAR_TYPES,
     features,
     scaling_of,
 )
-from lora_cli.adapters.patterns import ending, invalid_reason, layer_of, matches, nearest
+from lora_cli.adapters.patterns import ending, invalid_reason, is_wild, layer_of, matches, nearest
 from lora_cli.errors import KeyPath, Mistake, RecipeError
 from lora_cli.recipe import LoraSection
 
@@ -28,6 +30,7 @@ class Target:
     in_features: int
     out_features: int
     experts: int = 1  # more: the module is a stacked parameter
+    is_embedding: bool = False  # from ids (in_features of them) to hidden states
 
     @property
     def numel(self) -> int:
@@ -73,7 +76,8 @@ class _Finder:
         self.model = model
         self.lora = lora
         self.saved = saved
-        self.candidates = linear_modules(model, outside=saved)
+        self.linear = linear_modules(model, outside=saved)
+        self.candidates = self.linear | _named_embedding(model, lora, saved)
         self.oversized: dict[KeyPath, list[str]] = {}
         self.mistakes: list[Mistake] = []
 
@@ -84,6 +88,7 @@ class _Finder:
         chosen &= self._in_layers()
         chosen_in_order = [name for name in self.candidates if name in chosen]
         targets = [self._target(name) for name in chosen_in_order] + self._stacked()
+        self._check_embedding(targets)
         self._check_ranks()
         self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
         self._check_patterns("alpha_pattern", self.lora.alpha_pattern, chosen)
@@ -99,7 +104,7 @@ class _Finder:
     def _targeted(self) -> set[str]:
         patterns = self.lora.target_modules
         if patterns == "all-linear":
-            return set(self.candidates)
+            return set(self.linear)
         path = ("lora", "target_modules")
         if isinstance(patterns, str):
             return self._matched(path, patterns)
@@ -127,6 +132,8 @@ class _Finder:
             if matches(name, pattern):
                 if is_below(name, self.saved):
                     return f"'{pattern}' is {name}, which is trained in full: it needs no adapter", have
+                if module is self.model.get_input_embeddings():
+                    return f"'{pattern}' is {name}, which no pattern takes along", f"name it outright: {ending(name)}"
                 kind = "the output head" if isinstance(module, LINEAR_TYPES) else f"of type {type(module).__name__}"
                 return f"'{pattern}' is {name}, {kind}: adapters go on linear layers inside the model", have
         close = nearest(pattern, self.candidates)
@@ -158,14 +165,35 @@ class _Finder:
                 self._wrong(("lora", key, pattern), "matches no adapted module", help)
 
     def _target(self, name: str) -> Target:
-        in_features, out_features = features(self.candidates[name])
+        module = self.candidates[name]
+        is_embedding = isinstance(module, nn.Embedding)
+        in_features, out_features = tuple(module.weight.shape) if is_embedding else features(module)
         r = self._patterned("rank_pattern", name, self.lora.r)
         if r > min(in_features, out_features):
             size = f"{out_features} x {in_features}"
             key: KeyPath = ("lora", "rank_pattern") if r != self.lora.r else ("lora", "r")
             self.oversized.setdefault(key, []).append(f"{r} is more than the rank of {name} ({size})")
         alpha = self._patterned("alpha_pattern", name, self.lora.lora_alpha)
-        return Target(name, r, scaling_of(alpha, r, self.lora.use_rslora), in_features, out_features)
+        scaling = scaling_of(alpha, r, self.lora.use_rslora)
+        return Target(name, r, scaling, in_features, out_features, is_embedding=is_embedding)
+
+    def _check_embedding(self, targets: list[Target]) -> None:
+        """What the update of an embedding cannot be combined with."""
+        for target in targets:
+            if not target.is_embedding:
+                continue
+            partner = tied_partner(self.model, target.name)
+            if partner:
+                message = f"names {target.name}, which shares its weight with {partner}: an update would untie them"
+                whole = f"lora.modules_to_save: [{ending(target.name)}]"
+                cure = f"use {whole} or lora.trainable_token_indices: both keep them tied"
+                self._wrong(("lora", "target_modules"), message, cure)
+            if not is_plain_table(self.candidates[target.name]):
+                kind = type(self.candidates[target.name]).__name__
+                self._wrong(("lora", "target_modules"), f"names {target.name}, a {kind}, and no plain table")
+            if self.lora.use_dora:
+                message = f"cannot be combined with an adapter on {target.name}: it trains the rows of linear layers"
+                self._wrong(("lora", "use_dora"), message, "remove one of them")
 
     def _stacked(self) -> list[Target]:
         """The stacked parameters that `target_parameters` names, in the model's order."""
@@ -193,6 +221,18 @@ class _Finder:
         table = getattr(self.lora, key)
         usable = (pattern for pattern in table if invalid_reason(pattern) is None)
         return next((table[pattern] for pattern in usable if matches(name, pattern)), default)
+
+
+def _named_embedding(model: PreTrainedModel, lora: LoraSection, saved: list[str]) -> dict[str, Any]:
+    """The input embedding where `target_modules` names it outright: no glob takes it along unasked."""
+    patterns = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    plain = [pattern for pattern in patterns if not is_wild(pattern)]
+    table = model.get_input_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module is table and not is_below(name, saved) and any(matches(name, pattern) for pattern in plain)
+    }
 
 
 def find_saved(model: nn.Module, patterns: list[str]) -> list[str]:

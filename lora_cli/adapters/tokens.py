@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.embedding import is_plain_table
 from lora_cli.adapters.targets import is_below, tied_partner
 from lora_cli.errors import Mistake, RecipeError
 
@@ -159,12 +160,17 @@ def word_tables(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def find_rows(
-    model: PreTrainedModel, ids: list[int], saved: list[str], new: list[int] | None = None
+    model: PreTrainedModel,
+    ids: list[int],
+    saved: list[str],
+    new: list[int] | None = None,
+    adapted: list[str] | None = None,
 ) -> dict[str, list[int]]:
     """The rows to train: of the input embedding those that `trainable_token_indices` names, by its name.
 
     Rows of ``new`` tokens, for which there is room already, are trained there too, and in a head of its own. Raises
-    ``RecipeError`` for ids that the model does not embed, and for tables that cannot be trained so.
+    ``RecipeError`` for ids that the model does not embed, and for tables that cannot be trained so: those trained in
+    full (``saved``) or ``adapted`` among them.
     """
     new = new or []
     tables = word_tables(model) if ids or new else {}
@@ -173,7 +179,7 @@ def find_rows(
         is_head = table is not model.get_input_embeddings()
         if is_head and (not new or tied_partner(model, name)):
             continue
-        if reason := _why_not(model, name, table, saved):
+        if reason := _why_not(model, name, table, saved, adapted or []):
             raise RecipeError([Mistake(("dataset", "new_tokens") if new else KEY, reason, "remove it")])
         rows[name] = new if is_head else [*_known(table, ids), *(i for i in new if i not in ids)]
     return rows
@@ -191,17 +197,18 @@ def _known(table: Any, ids: list[int]) -> list[int]:
     return ids
 
 
-def _why_not(model: PreTrainedModel, name: str, table: Any, saved: list[str]) -> str | None:
+def _why_not(model: PreTrainedModel, name: str, table: Any, saved: list[str], adapted: list[str]) -> str | None:
     """What keeps single rows of a table from being trained."""
     if is_below(name, saved):
         return f"trains rows of {name}, which is trained in full"
+    if name in adapted:
+        return f"trains rows of {name}, which has an adapter"
     partner, head = tied_partner(model, name), model.get_output_embeddings()
     if partner is not None and type(head) is not nn.Linear:
         return f"cannot be used: {name} shares its weight with {partner}, which is no plain output head"
     if getattr(head, "bias", None) is not None and (table is head or partner is not None):
         return "cannot be used: this model's output head has a bias, which PEFT leaves out where it trains rows"
-    plain = type(table) in (nn.Embedding, nn.Linear) or hasattr(table, "embed_scale")
-    if not plain or getattr(table, "max_norm", None) is not None:
+    if type(table) is not nn.Linear and not is_plain_table(table):
         return f"cannot be used: {name} of this model is a {type(table).__name__}, and no plain table"
     return None
 

@@ -49,7 +49,7 @@ def read_low_rank(folder: Path, why_not_dora: str, help: str | None = None) -> A
     """An adapter whose updates are s B A and numbers.
 
     Raises ``UsageError`` for one with DoRA's magnitudes, for the reason given, with rows of word tables, with updates
-    of stacked experts, or with numbers that are not finite.
+    of stacked experts or of an embedding, or with numbers that are not finite.
     """
     adapter = read_adapter(folder)
     if not adapter.updates:
@@ -66,6 +66,11 @@ def read_low_rank(folder: Path, why_not_dora: str, help: str | None = None) -> A
         raise UsageError(
             f"{folder} adapts stacked experts ({stacked[0]}): each expert has an update of its own, in a layout that "
             "only training and merging understand",
+            f"merge instead: lora merge {folder}",
+        )
+    if tables := [name for name, update in adapter.updates.items() if update.is_embedding]:
+        raise UsageError(
+            f"{folder} adapts an embedding ({tables[0]}), which only PEFT and merging are known to read",
             f"merge instead: lora merge {folder}",
         )
     broken = [name for name, update in adapter.updates.items() if not is_finite(update)]

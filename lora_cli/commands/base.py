@@ -91,9 +91,11 @@ def _make_backbone(plan: Plan, source: Path, path: Path, tell: Tell) -> None:
         copy_files(("generation_config.json",), source, folder)
         save_tokenizer(folder, load_tokenizer(plan.recipe.model), None)  # without the run's new tokens
         start = peft_config(skeleton, lora, plan.recipe.task, [], base=os.fspath(path), revision=None)
-        start.pop("trainable_token_indices", None)  # these rows begin as they are in the base
+        for key in ("trainable_token_indices", "use_dora"):  # these begin as they are in the base
+            start.pop(key, None)
+        start["target_modules"] = sorted(writer.errors)
         (folder / START).mkdir()
-        save_adapter(folder / START, writer.factors, start | {"use_dora": False})
+        save_adapter(folder / START, writer.factors, start)
 
 
 def _write_config(plan: Plan, source: Path, folder: Path, kind: str) -> None:

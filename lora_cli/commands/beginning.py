@@ -30,7 +30,8 @@ def ranks_of(checkpoint: Path | None, plan: Plan) -> Ranks | None:
     if checkpoint is None or plan.recipe.method != "lora":
         return None
     halves = 2 if kind_of(plan.recipe.lora.init_lora_weights).has_start else 1
-    return {name: update.lora_A.shape[0] // halves for name, update in read_adapter(checkpoint).updates.items()}
+    updates = read_adapter(checkpoint).updates
+    return {name: u.lora_A.shape[0] // (1 if u.is_embedding else halves) for name, u in updates.items()}
 
 
 @torch.no_grad()
@@ -45,11 +46,10 @@ def begin(model: PreTrainedModel, plan: Plan, base: Path, ranks: Ranks | None, w
         adapter = read_adapter(Path(plan.recipe.lora.init_from).expanduser())
         load_trained(model, {name: tensor.float() for name, tensor in tensors_of(adapter).items()})
         return
+    initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     if plan.has_backbone:
         for name, update in read_adapter(base / START).updates.items():
             layers[name].begin(update.lora_A, update.lora_B)
-        return
-    initialise(layers, plan.recipe.lora, plan.recipe.training.seed, _TrainingRows(model, plan))
     model.zero_grad(set_to_none=True)
     # no two processors need agree on a decomposition to the last bit
     for module in (*layers.values(), *rows_of(model).values()):

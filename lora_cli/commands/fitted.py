@@ -120,9 +120,9 @@ def check_not_quantized(fitted: FittedAdapter) -> None:
 
 def _check_ties(fitted: FittedAdapter) -> None:
     """PEFT may train a copy of a module that shares its weight; in the base, both of them would change."""
-    parts = dict.fromkeys(copies_in_full(fitted.skeleton, fitted.adapter), "in full") | dict.fromkeys(
-        copied_rows(fitted.skeleton, fitted.adapter), "in part"
-    )
+    parts = dict.fromkeys(copies_in_full(fitted.skeleton, fitted.adapter), "in full")
+    parts |= dict.fromkeys(copied_rows(fitted.skeleton, fitted.adapter), "in part")
+    parts |= dict.fromkeys(adapted_tables(fitted.adapter), "adapted")
     for name, how in parts.items():
         if partner := tied_partner(fitted.skeleton, name):
             raise UsageError(
@@ -145,6 +145,11 @@ def copies_in_full(model: PreTrainedModel, adapter: Adapter) -> list[str]:
 def copied_rows(model: PreTrainedModel, adapter: Adapter) -> list[str]:
     """Tables beside the input embedding with rows of their own; a head that is tied to it has the embedding's."""
     return [name for name in adapter.tokens if model.get_submodule(name) is not model.get_input_embeddings()]
+
+
+def adapted_tables(adapter: Adapter) -> list[str]:
+    """Embeddings with an update."""
+    return [name for name, update in adapter.updates.items() if update.is_embedding]
 
 
 def find_base(

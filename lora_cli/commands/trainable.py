@@ -26,7 +26,7 @@ from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
 from lora_cli.adapters.targets import Target, find_saved, find_targets, outermost, tied_partner
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
-from lora_cli.commands.fitted import copied_rows, copies_in_full
+from lora_cli.commands.fitted import adapted_tables, copied_rows, copies_in_full
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError, UsageError
 from lora_cli.fusion.layers import repeated_layers
@@ -108,7 +108,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe, new_ids: list[int] | None = 
     saved = _in_full(model, recipe)
     targets = find_targets(model, recipe.lora, saved) if recipe.method == "lora" else []
     make_room(model, new_ids or [])
-    rows = find_rows(model, recipe.lora.trainable_token_indices, saved, new_ids)
+    adapted = [target.name for target in targets]
+    rows = find_rows(model, recipe.lora.trainable_token_indices, saved, new_ids, adapted)
     attach(model, targets, parametrisation(recipe.lora))
     freeze_base(model, saved)
     attach_rows(model, rows)
@@ -145,7 +146,7 @@ def _check_fits(model: PreTrainedModel, recipe: Recipe, adapter: Adapter) -> Non
         if lost > MOST_LOST:
             message = f"{wanted} would change the updates in lora.init_from by {lost:.0%} of their norm"
             raise RecipeError([Mistake(("training", "save_dtype"), message, "use auto or float32")])
-    copies = [*copies_in_full(model, adapter), *copied_rows(model, adapter)]
+    copies = [*copies_in_full(model, adapter), *copied_rows(model, adapter), *adapted_tables(adapter)]
     tied = [(name, partner) for name in copies if (partner := tied_partner(model, name))]
     if tied:
         name, partner = tied[0]
@@ -164,7 +165,11 @@ def quantize_base(model: PreTrainedModel, recipe: Recipe, base: Path | None) -> 
         quantize(model, packable_modules(model, _in_full(model, recipe)), recipe.model.quantization)
     elif recipe.lora.init_lora_weights == "loftq":
         targets = find_targets(model, recipe.lora, _in_full(model, recipe))
-        quantize(model, [target.name for target in targets], KINDS[recipe.lora.loftq_config.loftq_bits])
+        quantize(
+            model,
+            [target.name for target in targets if not target.is_embedding],
+            KINDS[recipe.lora.loftq_config.loftq_bits],
+        )
     else:
         return False
     return True

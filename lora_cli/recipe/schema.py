@@ -151,7 +151,9 @@ class LoraSection(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
     target_modules: TextOrTexts = Field(
-        "all-linear", description="all-linear, a glob, `re:...`, or a list of name endings, globs, `re:...`"
+        "all-linear",
+        description="all-linear, a glob, `re:...`, or a list of name endings, globs, `re:...`; the input embedding "
+        "where it is named outright",
     )
     target_parameters: StringList = Field(
         [],

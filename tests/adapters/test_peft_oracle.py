@@ -188,14 +188,6 @@ def test_an_adapter_over_a_bfloat16_base_is_float32_and_peft_reads_it(tmp_path, 
     assert distance(logits(loaded_by_peft(base, tmp_path / "adapter", "causal_lm").float()), expected) < SAME
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft")
-def test_an_embedding_adapter_of_peft_is_refused_by_name(tmp_path, model_folder):
-    base = model_folder("llama", tie_word_embeddings=False)
-    peft_adapter(base, tmp_path / "adapter", "causal_lm", target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UsageError, match=r"lora_embedding_A.*only LoRA and DoRA of linear layers are supported"):
-        loaded_by_us(tmp_path / "adapter")
-
-
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
 @pytest.mark.parametrize("modules", [["model.embed_tokens"], ["lm_head"], ["model.embed_tokens", "lm_head"]])
 def test_peft_s_copy_of_a_tied_module_is_refused(tmp_path, model_folder, modules):
