@@ -51,11 +51,6 @@ class LowRank:
         return self.lora_A.shape[0] // self.experts
 
     @property
-    def began_as_zero(self) -> Tensor:
-        """The factor that is zero where nothing was learned."""
-        return self.lora_A if self.is_embedding else self.lora_B
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
         names = EMBEDDING_FACTORS if self.is_embedding else FACTORS
         found = dict(zip(names, (self.lora_A, self.lora_B), strict=True))
@@ -140,15 +135,6 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
     for name, tensor in tensors.items():
         if found[name].shape != tensor.shape or not torch.isfinite(found[name]).all():
             raise StorageError(f"{folder / WEIGHTS} was not written as it should be: {name} is damaged")
-
-
-def check_trained(updates: dict[str, LowRank]) -> None:
-    """Raises ``StorageError`` for an adapter that changes nothing after training: every B is still zero."""
-    if updates and not any(update.began_as_zero.any() for update in updates.values()):
-        raise StorageError(
-            "every lora_B is zero after training: the adapter changes nothing, and was not written",
-            "raise training.learning_rate; if it is not tiny, this is a bug to report",
-        )
 
 
 def rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_cli.adapters.files import LowRank
 
+ROUNDING = 1e-6  # of the factors' norms: float32 in a product that should be zero
 MOST_LOST = 0.02  # of an update's norm that writing it in a narrower type may cost
 
 
@@ -99,6 +100,15 @@ def rounding_loss(updates: Mapping[str, LowRank], dtype: torch.dtype) -> float:
     """
     rounded = {name: replace(u, lora_A=u.lora_A.to(dtype), lora_B=u.lora_B.to(dtype)) for name, u in updates.items()}
     return relative_distance(updates, rounded)
+
+
+def changes_nothing(updates: Mapping[str, LowRank]) -> bool:
+    """Whether every s B A is zero but for the rounding of its factors, whether or not these are."""
+    for update in updates.values():
+        lengths = abs(update.scaling) * float(update.lora_A.double().norm() * update.lora_B.double().norm())
+        if lengths and frobenius_norm(singular_values(update)) > ROUNDING * lengths:
+            return False
+    return True
 
 
 def is_finite(update: LowRank) -> bool:

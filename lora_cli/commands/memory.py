@@ -23,6 +23,7 @@ from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
 from lora_cli.ops.cross_entropy import positions_at_a_time
+from lora_cli.recipe.rules import is_quantized
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
 from lora_cli.training.optimizer import ALIGNMENT
@@ -204,6 +205,13 @@ def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
     return min(chunk, positions) * vocabulary * (size + (4 if size < 4 else 0))
 
 
+def _would_pay_packed(memory: MemoryPlan, plan: Plan) -> bool:
+    """Whether the frozen weights are most of it, on a device that never sees them dense."""
+    recipe = plan.recipe
+    packable = recipe.method == "lora" and recipe.training.strategy == "ddp" and not is_quantized(recipe)
+    return packable and plan.device.type == "cuda" and memory.weights > memory.total / 2
+
+
 def memory_note(memory: MemoryPlan, plan: Plan) -> str | None:
     """What to change where it will not fit; None where it will."""
     if memory.fits or memory.limit is None:
@@ -216,6 +224,8 @@ def memory_note(memory: MemoryPlan, plan: Plan) -> str | None:
     text = f"lower {' or '.join(cures)}" if cures else ""
     if not training.gradient_checkpointing and plan.model.skeleton.supports_gradient_checkpointing:
         text += f"{', ' if text else ''}set training.gradient_checkpointing: true"
+    if _would_pay_packed(memory, plan):
+        text += f"{', ' if text else ''}set model.quantization: nf4"
     if plan.dtype == torch.float32 and plan.recipe.method != "full":
         text += f"{', or ' if text else ''}model.dtype: bfloat16"
     planned, there = memory.total / 1e9, memory.limit / 1e9

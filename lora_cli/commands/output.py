@@ -15,14 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lora_cli.adapters.configuration import peft_config
 from lora_cli.adapters.files import (
     LowRank,
-    check_trained,
     read_adapter,
     rounded,
     save_adapter,
     single_updates,
     trained_tensors,
 )
-from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
+from lora_cli.adapters.spectrum import MOST_LOST, changes_nothing, rounding_loss
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.provenance import Provenance
@@ -148,7 +147,7 @@ def save_result(
             tensors = trained_tensors(model)
             save_adapter(folder, tensors, config)
             updates = read_adapter(folder).updates
-            check_trained(updates)
+            check_trained(single_updates(updates))
             if (dtype := file_dtype(plan, updates)) != torch.float32:
                 save_adapter(folder, rounded(tensors, dtype), config)
             _provenance(plan, base_fingerprint).write(folder)
@@ -156,8 +155,19 @@ def save_result(
             with quiet():
                 model.save_pretrained(folder)
         save_tokenizer(folder, plan.tokenizer, plan.recipe.dataset.chat_template)
-        write_text(folder / "README.md", model_card(plan, summary))
+        write_text(
+            folder / "README.md", model_card(plan, summary, config["base_model_name_or_path"] if config else None)
+        )
     write_json(output.summary, summary.to_dict())
+
+
+def check_trained(updates: dict[str, LowRank]) -> None:
+    """Raises ``StorageError`` for an adapter that changes nothing after training: every update is still zero."""
+    if updates and changes_nothing(updates):
+        raise StorageError(
+            "every update is zero after training: the adapter changes nothing, and was not written",
+            "raise training.learning_rate; if it is not tiny, this is a bug to report",
+        )
 
 
 def file_dtype(plan: Plan, updates: dict[str, LowRank]) -> torch.dtype:

@@ -182,6 +182,27 @@ def test_another_adapter_can_go_on_from_it(loftq, recipe, lora, tmp_path):
     assert distance(seen, logits(loaded_by_us(first / "adapter"))) > 1e-4
 
 
+@pytest.mark.parametrize(("bits", "server"), [(2, "vllm"), (8, "sglang"), (4, "llama.cpp")])
+def test_servers_that_cannot_read_the_backbone_are_told(bits, server, loftq, lora, tmp_path):
+    assert lora("train", loftq(bits), "--json").code == 0
+    refused = lora("export", tmp_path / "run" / "adapter", "--for", server, "-o", tmp_path / "out")
+    assert refused.code == 2
+    assert f"belongs to a base of {bits} bits" in refused.err
+    assert "lora merge" in refused.err
+
+
+def test_export_of_four_bits_is_compared_over_the_backbone(loftq, lora, tmp_path):
+    assert lora("train", loftq(), "--json").code == 0
+    options = ["--for", "vllm", "--dtype", "float32", "-o", tmp_path / "out", "--json"]
+    done = lora("export", tmp_path / "run" / "adapter", *options)
+    assert done.code == 0, done.err
+    assert done.json["agreement"]["max_abs_difference"] < 1e-5
+    assert str(tmp_path / "run" / "backbone") in done.json["commands"][0]
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "quantized to 4 bits by LoftQ" in card
+    assert f'from_pretrained("{tmp_path / "run" / "backbone"}")' in card
+
+
 def test_the_base_that_it_was_made_from_is_not_its_base(loftq, model_folder, lora, tmp_path):
     assert lora("train", loftq(), "--json").code == 0
     refused = lora("merge", tmp_path / "run" / "adapter", "--base", model_folder("llama", **WIDE))

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
@@ -128,6 +129,9 @@ def test_a_plan_beyond_the_machine_names_what_to_lower(recipe):
     assert "gradient_checkpointing: true" in note
     assert "bfloat16" in note
     assert memory_note(replace(found, limit=None), plan) is None
+    heavy = replace(found, limit=10**6, weights=10**12)
+    assert "quantization" not in (memory_note(heavy, plan) or ""), "on the CPU the dense base is read whole"
+    assert "set model.quantization: nf4" in (memory_note(heavy, replace(plan, device=torch.device("cuda"))) or "")
 
 
 def test_check_shows_the_table_and_json_holds_bytes(recipe, lora):

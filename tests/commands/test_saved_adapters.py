@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.adapters import files
-from lora_cli.adapters.files import check_trained, save_adapter
+from lora_cli.adapters.files import save_adapter
 from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
+from lora_cli.commands.output import check_trained
 from lora_cli.errors import StorageError
+from tests.commands.test_resume import run
 from tests.made import our_adapter
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -74,8 +76,21 @@ def test_an_adapter_that_changes_nothing_is_not_delivered(tmp_path, model_folder
     updates = files.read_adapter(tmp_path / "adapter").updates
     check_trained(updates)
     nothing = {name: replace(update, lora_B=torch.zeros_like(update.lora_B)) for name, update in updates.items()}
-    with pytest.raises(StorageError, match="every lora_B is zero after training"):
+    with pytest.raises(StorageError, match="every update is zero after training"):
         check_trained(nothing)
+
+
+@pytest.mark.parametrize("beginning", [True, "orthogonal", "pissa", "olora"])
+def test_a_beginning_without_a_step_changes_nothing(beginning, recipe, monkeypatch):
+    """Also where neither A nor B is zero, or both are told twice: it is the product that counts."""
+    monkeypatch.setattr("lora_cli.training.optimizer.FlatAdamW.update", lambda self, finite: None)
+    with pytest.raises(StorageError, match="every update is zero after training"):
+        run(recipe(**{"lora.init_lora_weights": beginning, "training.max_steps": 1}))
+
+
+@pytest.mark.parametrize("beginning", [True, "orthogonal", "pissa", "olora"])
+def test_the_smallest_step_changes_something(beginning, recipe):
+    run(recipe(**{"lora.init_lora_weights": beginning, "training.max_steps": 1, "training.learning_rate": 1e-5}))
 
 
 def test_what_rounding_would_take_is_not_rounded(recipe, model_folder, tmp_path, lora):
