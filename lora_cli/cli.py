@@ -1,22 +1,16 @@
-"""The door: flags become plain calls, errors become one message and an exit code. Nothing heavy is imported here."""
+"""The commands and their flags, which become plain calls. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import os
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import lora_cli
-from lora_cli.errors import LoraError, Stopped, ToldElsewhere, exit_code_of
+from lora_cli.door import door, print_json, tell
 
 app = typer.Typer(
     name="lora",
@@ -43,72 +37,6 @@ AdapterArgument = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder, ours or PEFT's.", show_default=False)
 ]
 Base = Annotated[str | None, typer.Option("--base", help="The base model, if not where the adapter says.")]
-
-
-def door(command: Callable[..., None]) -> Callable[..., None]:
-    """The one place where an error becomes a message and an exit code."""
-
-    @functools.wraps(command)
-    def guarded(**flags: Any) -> None:
-        try:
-            command(**flags)
-            sys.stdout.flush()
-        except (typer.Exit, typer.Abort):
-            raise
-        except BrokenPipeError:  # `lora ... | head`: nobody reads any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except BaseException as error:
-            code = _report(error, debug=flags.get("debug", False), as_json=flags.get("as_json", False))
-            raise typer.Exit(code) from None
-
-    return guarded
-
-
-def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
-    """Say what happened and return the exit code."""
-    code = exit_code_of(error)
-    if isinstance(error, ToldElsewhere):
-        return code
-    if isinstance(error, LoraError):
-        text = f"{error.origin}{error}"
-    elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted"
-    else:
-        text = f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
-    if debug:
-        traceback.print_exc()
-    if not isinstance(error, Stopped):  # to stop when asked is no error
-        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(text, err=True)
-    if as_json:
-        typer.echo(json.dumps({"error": {"exit_code": code, "kind": type(error).__name__, "message": text}}))
-    return code
-
-
-def _crash_log() -> str:
-    import platform
-
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="lora-crash-", suffix=".log", delete=False) as file:
-            file.write(f"lora {lora_cli.__version__}, Python {platform.python_version()}, {platform.platform()}\n")
-            file.write(f"{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
-    except OSError as error:
-        return f"could not be written ({error.strerror}); type the command again with --debug"
-    return file.name
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _tell(result: Any, show: Callable[..., None], as_json: bool) -> None:
-    """Print a command's result as JSON, or on the screen."""
-    from lora_cli.report.console import make_console
-
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        show(make_console(), result)
 
 
 def _version(wanted: bool) -> None:
@@ -188,7 +116,7 @@ def _train(
     if outcome is None:  # the main process shows it
         return
     if as_json:
-        _print_json(outcome.summary.to_dict())
+        print_json(outcome.summary.to_dict())
     else:
         show_outcome(console, outcome)
 
@@ -211,7 +139,7 @@ def check(
     from lora_cli.report.plan import show_check
 
     result = check(loaded, remote_code=trust_remote_code)
-    _tell(result, show_check, as_json)
+    tell(result, show_check, as_json)
 
 
 @app.command("count-params", short_help="Count total and learnable parameters.")
@@ -234,7 +162,7 @@ def count_params(
 
     result = count_params(what, overrides, base=base, remote_code=trust_remote_code)
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         show_counts(make_console(), result, every_tensor=every_tensor)
 
@@ -274,7 +202,7 @@ def merge(
     report = merge(
         adapter, target, base=base, dtype=dtype, onto=onto, rows=rows, verify=verify, remote_code=trust_remote_code
     )
-    _tell(report, show_merge, as_json)
+    tell(report, show_merge, as_json)
 
 
 @app.command(short_help="Look into an adapter, or compare two.")
@@ -292,7 +220,7 @@ def inspect(
     from lora_cli.report.inspecting import show_inspection
 
     found = inspect(adapter, other)
-    _tell(found, show_inspection, as_json)
+    tell(found, show_inspection, as_json)
 
 
 @app.command(short_help="Lower an adapter's rank.")
@@ -313,7 +241,7 @@ def shrink(
     from lora_cli.report.rewriting import show_shrink
 
     report = shrink(adapter, output, rank=rank, keep_energy=keep_energy)
-    _tell(report, show_shrink, as_json)
+    tell(report, show_shrink, as_json)
 
 
 @app.command(short_help="Make several adapters into one.")
@@ -344,7 +272,7 @@ def combine(
     from lora_cli.report.rewriting import show_combine
 
     report = combine(adapters, numbers, output, Settings(method, density, rank, seed))
-    _tell(report, show_combine, as_json)
+    tell(report, show_combine, as_json)
 
 
 @app.command(short_help="Write an adapter for a server.")
@@ -378,7 +306,7 @@ def export(
         verify=verify,
         remote_code=trust_remote_code,
     )
-    _tell(report, show_export, as_json)
+    tell(report, show_export, as_json)
 
 
 @app.command(short_help="Print every recipe key.")

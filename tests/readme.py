@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 # From the top floor down, as a recipe walks.
 ORDER = (
     "cli.py",
+    "door.py",
     "__main__.py",
     "commands",
     "report",

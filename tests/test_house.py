@@ -32,6 +32,7 @@ FLOORS = [
     ["training"],
     ["commands"],
     ["report"],
+    ["door"],
     ["cli"],
     ["__main__"],
 ]

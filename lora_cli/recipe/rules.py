@@ -190,6 +190,13 @@ def _experts_are_plain(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
+def _something_is_adapted(recipe: Recipe, source: Source) -> Iterator[Mistake]:
+    lora = recipe.lora
+    if recipe.method == "lora" and lora.init_from is None and not lora.target_modules and not lora.target_parameters:
+        message = "names no module, and target_parameters none either: nothing would be adapted"
+        yield Mistake(("lora", "target_modules"), message, "write all-linear, or name modules")
+
+
 def _orthogonal_is_even(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     if recipe.lora.init_lora_weights != "orthogonal":
         return
@@ -351,6 +358,7 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _start_is_not_rounded,
     _training_of_adapters,
     _experts_are_plain,
+    _something_is_adapted,
     _orthogonal_is_even,
     _config_of_its_kind,
     _each_row_once,

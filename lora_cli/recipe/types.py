@@ -65,8 +65,8 @@ def string_list(value: Any) -> list[str]:
 
 
 def text_or_texts(value: Any) -> str | list[str]:
-    """One string or a list of strings, kept as written: one string may have a meaning of its own."""
-    strings(value)
+    """One string or a list of strings or none, kept as written: one string may have a meaning of its own."""
+    string_list(value)
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 RANK, ALPHA = 16, 32
@@ -48,11 +48,16 @@ class Shape:
     targets: tuple[str, ...] = LLAMA_PROJECTIONS
     needs_cuda: bool = False
     use_dora: bool = False
+    quantization: str = "none"  # of the base
 
     @property
     def is_variant(self) -> bool:
         """Whether there is a plainer form of it to compare with."""
-        return self.use_dora
+        return self.use_dora or self.quantization != "none"
+
+    @property
+    def plain(self) -> Shape:
+        return replace(self, use_dora=False, quantization="none")
 
     def lengths(self) -> list[int]:
         """The same for every contender."""
@@ -122,6 +127,16 @@ SHAPES = {
         512,
         4,
         use_dora=True,
+    ),
+    "nf4-135m-bfloat16": Shape(
+        "Llama of 135M parameters on an nf4 base, bfloat16; 4 rows of 64-512 tokens",
+        INSTRUCT_135M,
+        "bfloat16",
+        4,
+        64,
+        512,
+        4,
+        quantization="nf4",
     ),
     "long-context": Shape(
         "Llama of 135M parameters, bfloat16; 4 rows of 2,048 tokens", INSTRUCT_135M, "bfloat16", 4, 2048, 2048, 1, 2

@@ -79,6 +79,34 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         ]
     ),
     (
+        "_something_is_adapted",
+        ["lora.target_modules=[]"],
+        "lora.target_modules",
+        "names no module, and target_parameters none either",
+        ["lora.target_modules=[]", "lora.target_parameters=[experts.down_proj]"],
+    ),
+    (
+        "_config_of_its_kind",
+        ["lora.loftq_config={loftq_bits: 2}"],
+        "lora.loftq_config",
+        "belongs to init_lora_weights: loftq",
+        ["lora.init_lora_weights=loftq", "lora.loftq_config={loftq_bits: 2}"],
+    ),
+    (
+        "_quantized_begins_as_it_is",
+        ["model.quantization=nf4", "lora.init_lora_weights=loftq"],
+        "model.quantization",
+        "nf4 cannot be combined with init_lora_weights: loftq",
+        ["lora.init_lora_weights=loftq"],
+    ),
+    (
+        "_quantized_is_not_sharded",
+        ["training.strategy=fsdp", "lora.init_lora_weights=loftq"],
+        "training.strategy",
+        "fsdp cannot be combined with init_lora_weights: loftq",
+        ["lora.init_lora_weights=loftq"],
+    ),
+    (
         "_orthogonal_is_even",
         ["lora.init_lora_weights=orthogonal", "lora.r=5"],
         "lora.r",

@@ -22,6 +22,7 @@ TAKEN: list[tuple[Callable[[Any], Any], Any, Any]] = [
     (types.strings, ["a", "b"], ["a", "b"]),
     (types.text_or_texts, "a", "a"),
     (types.text_or_texts, ["a"], ["a"]),
+    (types.text_or_texts, [], []),
     (types.split, "train", "train"),
     (types.split, "train[:1000]", "train[:1000]"),
     (types.split, "train.v-1[10%:]", "train.v-1[10%:]"),
@@ -65,13 +66,13 @@ REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
         for check in (types.strings, types.text_or_texts)
         for value, shown in [
             ("", ""),
-            ([], "[]"),
             ([""], "['']"),
             ([1], "[1]"),
             (None, "empty"),
             ({"a": 1}, "a section"),
         ]
     ),
+    (types.strings, [], "must be a text or a list of texts, not []"),
     *(
         (types.split, value, f"must be a split such as train, train[:1000] or train[10%:50%], not {shown}")
         for value, shown in [("", ""), ("train[", "train["), ("train[5]", "train[5]"), ("a+b", "a+b"), (3, "3")]

@@ -36,7 +36,8 @@ class Contender:
             return "the same: the shape is plain"
         if self.needs_cuda and not cuda:
             return "not measured: no CUDA device"
-        if not all(find_spec(module) for module in self.modules):
+        needed = (*self.modules, *(["bitsandbytes"] if shape.quantization != "none" else []))
+        if not all(find_spec(module) for module in needed):
             return "not installed"
         return None
 
@@ -44,7 +45,7 @@ class Contender:
 TRAINER = ("peft", "accelerate")
 CONTENDERS = {
     "lora": Contender("ours.train"),
-    "lora without DoRA": Contender("ours.train_plain", needs_variant=True),
+    "lora, plain": Contender("ours.train_plain", needs_variant=True),
     "peft+trainer": Contender("trainer.train", TRAINER),
     "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER, needs_lengths=True),
     "peft+trainer+liger": Contender(

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from lora_cli.device import choose_device
 from tests.benchmarks.memory import process_peak_bytes, resident_bytes
@@ -45,6 +50,20 @@ class Job:
         """The base on the device, in the shape's dtype; the same for everyone who takes a model."""
         model = AUTO_CLASSES[self.shape.task].from_pretrained(self.base, dtype=getattr(torch, self.shape.dtype))
         model.to(self.device)
+        self.loaded(model)
+        return model
+
+    def load_quantized(self) -> Any:
+        """The same with its linear layers in nf4, as transformers and bitsandbytes have it."""
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, self.shape.dtype),
+        )
+        model = AUTO_CLASSES[self.shape.task].from_pretrained(
+            self.base, dtype=getattr(torch, self.shape.dtype), quantization_config=settings, device_map=self.device
+        )
         self.loaded(model)
         return model
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lora_cli import device
 from lora_cli.adapters.initialisation import initialise
-from lora_cli.adapters.injection import adapters_of, attach, freeze_base, parametrisation
+from lora_cli.adapters.injection import (
+    adapters_of,
+    attach,
+    freeze_base,
+    packable_modules,
+    parametrisation,
+    quantize,
+)
 from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
@@ -35,7 +41,14 @@ def train(
     if keep_freed:
         device.keep_freed_memory()
     shape = job.shape
-    model = adapted(job.load(), replace(shape, use_dora=False) if plain else shape).to(job.device)
+    if plain:
+        shape = shape.plain
+    model = job.load()
+    if shape.quantization != "none":
+        quantize(model, packable_modules(model, head_modules(model, shape.task)), shape.quantization)
+        device.give_back_freed_memory()
+        job.loaded(model)
+    model = adapted(model, shape).to(job.device)
     model.train()
     examples = [_example(row, f"row {number}") for number, row in enumerate(job.rows)]
     plan = StepPlan(len(examples), shape.rows_per_step, 1, seed=0, shuffle=False)

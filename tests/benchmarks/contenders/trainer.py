@@ -23,9 +23,13 @@ PEFT_TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
 def train(job: Job, *, grouped: bool = False, **options: Any) -> None:
-    from peft import get_peft_model
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
-    model = get_peft_model(job.load(), lora_config(job.shape))
+    if job.shape.quantization != "none":
+        base = prepare_model_for_kbit_training(job.load_quantized(), use_gradient_checkpointing=False)
+    else:
+        base = job.load()
+    model = get_peft_model(base, lora_config(job.shape))
     collators = {
         "causal_lm": DataCollatorForSeq2Seq(job.tokenizer(), padding=True, label_pad_token_id=-100),
         "sequence_classification": DataCollatorWithPadding(job.tokenizer()),

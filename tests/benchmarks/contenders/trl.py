@@ -10,7 +10,8 @@ from tests.benchmarks.contenders.trainer import Ticks, arguments_of, lora_config
 
 
 def train(job: Job) -> None:
-    train_model(job, job.load(), lora_config(job.shape))
+    model = job.load() if job.shape.quantization == "none" else job.load_quantized()
+    train_model(job, model, lora_config(job.shape))
 
 
 def train_model(job: Job, model: Any, peft_config: Any) -> None:
