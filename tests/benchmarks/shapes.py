@@ -15,11 +15,12 @@ BERT_PROJECTIONS = ("query", "key", "value", "dense")
 class Row:
     ids: list[int]
     label: int | None = None  # of a classifier's row
+    prefix: int = 0  # tokens of it that all rows begin with
 
     @property
     def prompt(self) -> int:
-        """Tokens that are not supervised: the first half."""
-        return len(self.ids) // 2
+        """Tokens that are not supervised: what all rows begin with, and half of the others."""
+        return self.prefix + (len(self.ids) - self.prefix) // 2
 
     @property
     def num_targets(self) -> int:
@@ -49,6 +50,7 @@ class Shape:
     needs_cuda: bool = False
     use_dora: bool = False
     quantization: str = "none"  # of the base
+    prefix: int = 0  # tokens that all rows begin with, beside their own: a system prompt
 
     @property
     def is_variant(self) -> bool:
@@ -69,8 +71,10 @@ class Shape:
     def rows(self) -> list[Row]:
         chance, words = random.Random(1), self.config["vocab_size"]
         ids = [[chance.randrange(10, words) for _ in range(length)] for length in self.lengths()]
+        common = [random.Random(2).randrange(10, words) for _ in range(self.prefix)]
+        ids = [common + row for row in ids]
         if self.task == "causal_lm":
-            return [Row(row) for row in ids]
+            return [Row(row, prefix=self.prefix) for row in ids]
         return [Row(row, chance.randrange(2)) for row in ids]
 
     def step_rows(self) -> list[list[Row]]:
@@ -140,6 +144,16 @@ SHAPES = {
     ),
     "long-context": Shape(
         "Llama of 135M parameters, bfloat16; 4 rows of 2,048 tokens", INSTRUCT_135M, "bfloat16", 4, 2048, 2048, 1, 2
+    ),
+    "system-prompt": Shape(
+        "Llama of 135M parameters, bfloat16; 8 rows of 32-256 tokens behind the same 256",
+        INSTRUCT_135M,
+        "bfloat16",
+        8,
+        32,
+        256,
+        2,
+        prefix=256,
     ),
     "encoder-sst2": Shape(
         "BERT of 22M parameters, float32, classification; 32 rows of 5-60 tokens, as SST-2's",

@@ -21,6 +21,7 @@ class Contender:
     tasks: tuple[str, ...] = ("causal_lm", "sequence_classification")
     needs_lengths: bool = False  # is nothing new where all rows are alike
     needs_variant: bool = False  # is nothing new where the shape is plain
+    needs_prefix: bool = False  # is nothing new where rows have nothing in common
 
     def train(self) -> Any:
         module, _, function = self.place.rpartition(".")
@@ -34,6 +35,8 @@ class Contender:
             return "the same: all rows have one length"
         if self.needs_variant and not shape.is_variant:
             return "the same: the shape is plain"
+        if self.needs_prefix and not shape.prefix:
+            return "the same: rows have nothing in common"
         if self.needs_cuda and not cuda:
             return "not measured: no CUDA device"
         needed = (*self.modules, *(["bitsandbytes"] if shape.quantization != "none" else []))
@@ -59,5 +62,6 @@ ABLATIONS = {
     "lora, element-wise work compiled": Contender("ours.train_compiled"),
     "lora, rows padded": Contender("ours.train_padded"),
     "lora, no fused forms": Contender("ours.train_unfused"),
+    "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
     "lora, freed memory given back": Contender("ours.train_giving_back"),
 }

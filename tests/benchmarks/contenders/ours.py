@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def train(
     fused: bool = True,
     compiled: bool = False,
     plain: bool = False,
+    shared: bool = True,
 ) -> None:
     if keep_freed:
         device.keep_freed_memory()
@@ -54,6 +56,8 @@ def train(
     plan = StepPlan(len(examples), shape.rows_per_step, 1, seed=0, shuffle=False)
     settings = LoopSettings(2e-4, "linear", 0, shape.steps * job.epochs, 1.0, pad_id=0)
     network = build_network(model, shape.task, attention=attention, fused=fused, compile=compiled)
+    if not shared:
+        network = replace(network, layout=replace(network.layout, share=0))
     optimizer = FlatAdamW(model, TrainingSection())
     task = TASKS[shape.task]
     for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
@@ -74,6 +78,10 @@ def train_padded(job: Job) -> None:
 
 def train_unfused(job: Job) -> None:
     train(job, fused=False)
+
+
+def train_unshared(job: Job) -> None:
+    train(job, shared=False)
 
 
 def train_giving_back(job: Job) -> None:
