@@ -22,9 +22,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_type(tensor.dtype))
 
 
-def wide_product(a_BMK: Tensor, b_BKN: Tensor) -> Tensor:
-    """a b in the wide type, from narrower ones: (B, M, K) times (B, K, N)."""
-    with _multiplying_in(a_BMK.dtype):
+def wide_product(a_BMK: Tensor, b_BKN: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """a b in the wide type, from narrower ones: (B, M, K) times (B, K, N).
+
+    ``dtype`` is that of the numbers, where the tensors hold them in the wide type already.
+    """
+    with _multiplying_in(dtype or a_BMK.dtype):
         return torch.bmm(wide(a_BMK), wide(b_BKN))
 
 

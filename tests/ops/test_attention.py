@@ -140,13 +140,63 @@ def test_no_row_sees_another_bit_for_bit():
 
 def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
     lengths = tuple(LENGTHS)
-    together = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3))
+    together = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3))
     assert [group.lengths for _, _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
     assert [some.stop for some, _, _ in together] == [5, 75, 79, 209, 282]
-    alone = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, Sight(0.3, causal=False, window=4))
+    alone = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3, causal=False, window=4))
     assert [group.lengths for _, _, group in alone] == [(length,) for length in lengths]
-    many = blocked_attention._groups((60,) * 40, 0, HEADS, KV_HEADS, Sight(0.3))
+    many = blocked_attention._groups((60,) * 40, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3))
     assert max(len(group.lengths) for _, _, group in many) == 2**19 // (HEADS * 64 * 64)
+
+
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_probabilities_kept_or_made_again_are_the_same_bits(sight, monkeypatch):
+    inputs, gradient = draw(torch.bfloat16)
+    rows = Rows.of(LENGTHS)
+    found = {}
+    for kept_keys in (0, 64, 512):  # of none, of some and of all rows
+        monkeypatch.setattr(blocked_attention, "KEPT_KEYS", kept_keys)
+        found[kept_keys] = output_and_gradients(inputs, gradient, lambda q, k, v: attend_rows(q, k, v, rows, sight))
+    for kept_keys in (64, 512):
+        assert all(torch.equal(one, other) for one, other in zip(found[0], found[kept_keys], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept_keys", [0, 512])
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+def test_what_is_kept_are_the_probabilities_of_short_rows(prefix, kept_keys, dtype, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "KEPT_KEYS", kept_keys)
+    rows = Rows.of([PREFIX, *OWN], prefix=PREFIX) if prefix else Rows.of(OWN)
+    (q, k, v), _ = draw(dtype, list(rows.lengths))
+    k, v = k[rows.key_places], v[rows.key_places]
+    kept: list[int] = []
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        blocked_attention.attend_in_blocks(*inputs, rows, Sight(0.3))
+    groups = blocked_attention._groups(rows.lengths, rows.prefix, HEADS, KV_HEADS, dtype, Sight(0.3))
+    expected = sum(group.num_probabilities for *_, group in groups) if kept_keys and dtype.itemsize == 2 else 0
+    assert sum(kept) - sum(t.numel() for t in inputs) == expected
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(-1) or t, lambda t: t):
+        blocked_attention.attend_in_blocks(*inputs, rows, Sight(0.3))
+    assert -1 not in kept, "an evaluation keeps nothing"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_an_odd_number_of_products_is_cut_in_two_parts(kv_heads, monkeypatch):
+    """The same numbers in another order of queries; neither more nor less exact."""
+    q, gradient = (
+        torch.randn(100, 6 if kv_heads == 3 else 4, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    )
+    k, v = (torch.randn(100, kv_heads, 16, generator=torch.Generator().manual_seed(s)) for s in (2, 3))
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        blocked_attention._groups.cache_clear()
+        groups = blocked_attention._groups((100,), 0, q.shape[1], kv_heads, torch.float32, Sight(0.25))
+        assert [group.parts for *_, group in groups] == [threads]
+        found.append(output_and_gradients([q, k, v], gradient, lambda *t: attend_rows(*t, Rows.of([100]), Sight(0.25))))
+    blocked_attention._groups.cache_clear()
+    assert relative(found[1], found[0]) < 1e-6
 
 
 def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():
