@@ -21,7 +21,7 @@ from lora_cli.adapters.injection import let_go_of_files
 from lora_cli.adapters.loftq import KINDS, Decomposed, decompose
 from lora_cli.adapters.merging import Naming
 from lora_cli.adapters.quantized import QuantizedLinear
-from lora_cli.adapters.targets import Target
+from lora_cli.adapters.targets import Target, is_below
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.recipe import LoftQSection
@@ -182,12 +182,17 @@ def is_backbone(folder: Path) -> bool:
     return (folder / REPORT).is_file()
 
 
-def pack_as_stored(model: PreTrainedModel, folder: Path) -> None:
-    """Put a backbone's packed layers in the place of the dense ones, bit for bit; on meta, of their sizes."""
+def pack_as_stored(model: PreTrainedModel, folder: Path, outside: list[str]) -> None:
+    """Put a backbone's packed layers in the place of the dense ones, bit for bit; on meta, of their sizes.
+
+    Those below ``outside`` stay dense: they are trained in full.
+    """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     naming = Naming(names, model.base_model_prefix, keep_foreign=True)
     for parameter, packed in packed_weights(folder, naming.parameter).items():
         name = parameter.removesuffix(".weight")
+        if is_below(name, outside):
+            continue
         layer: Any = model.get_submodule(name)
         model.set_submodule(name, QuantizedLinear(layer, packed.to(layer.weight.device)))
     let_go_of_files(model)

@@ -14,7 +14,7 @@ from lora_cli.ops.packing import Packed
 from lora_cli.seeds import drawing_from, stream
 
 KINDS = {2: "nf2", 3: "nf3", 4: "nf4", 8: "int8"}  # how each number of bits is stored
-EXACT = 2048  # up to here all singular vectors are found; of larger matrices the leading ones, by iteration
+EXACT = 512  # up to here all singular vectors are found; of larger matrices the leading ones, by iteration
 ITERATIONS = 8  # of the subspace: what quantizing loses has no few large directions, so they come slowly
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.backbone import read_report
 from lora_cli.adapters.files import scaling_in
 from lora_cli.adapters.layer import FACTORS, MAGNITUDE
 from lora_cli.adapters.naming import PREFIX, trained_name_of
@@ -96,6 +98,17 @@ def _stacked(files: Files) -> str | None:
     return f"stacked experts (target_parameters: {', '.join(named)}), in a layout of PEFT's own" if named else None
 
 
+def _backbone_but(*bits: int) -> Callable[[Files], str | None]:
+    """A rule: of the bases that LoftQ quantized, which adapters for them are served over, only these are read."""
+
+    def rule(files: Files) -> str | None:
+        base = files.config.get("base_model_name_or_path")
+        report = read_report(Path(base).expanduser()) if isinstance(base, str) else None
+        return None if report is None or report.bits in bits else f"its base, quantized to {report.bits} bits ({base})"
+
+    return rule
+
+
 def _rank_above_all(files: Files) -> str | None:
     highest = max(files.ranks.values(), default=0)
     return f"rank {highest} (at most {VLLM_RANKS[-1]})" if max_lora_rank(highest) is None else None
@@ -150,10 +163,12 @@ class Server:
 _LOW_RANK_ONLY = (_dora, _saved, _bias, _embeddings, _stacked)
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 SERVERS = {
-    "peft": Server((), _peft_scale),
-    "vllm": Server((*_LOW_RANK_ONLY, _rank_above_all), _vllm_scale, _PATTERNS, has_max_rank=True),
-    "sglang": Server(_LOW_RANK_ONLY, _sglang_scale, (*_PATTERNS, "use_rslora")),
-    "llama.cpp": Server((_dora, _saved, _bias), _llama_cpp_scale, ("alpha_pattern", "use_rslora")),
+    "peft": Server((_backbone_but(4, 8),), _peft_scale),
+    "vllm": Server((*_LOW_RANK_ONLY, _rank_above_all, _backbone_but(4)), _vllm_scale, _PATTERNS, has_max_rank=True),
+    "sglang": Server((*_LOW_RANK_ONLY, _backbone_but(4)), _sglang_scale, (*_PATTERNS, "use_rslora")),
+    "llama.cpp": Server(
+        (_dora, _saved, _bias, _embeddings, _backbone_but()), _llama_cpp_scale, ("alpha_pattern", "use_rslora")
+    ),
 }
 
 

@@ -143,6 +143,9 @@ class _Finder:
         layers = self.lora.layers_to_transform
         if layers is None:
             return set(self.candidates)
+        for name in self.candidates.keys() - self.linear.keys():
+            message = f"cannot be combined with an adapter on {name}, which is in no layer"
+            self._wrong(("lora", "layers_to_transform"), message, "remove one of them")
         known = {layer for name in self.candidates if (layer := layer_of(name)) is not None}
         for index, layer in enumerate(layers):
             if layer not in known:

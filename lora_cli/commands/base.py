@@ -29,7 +29,14 @@ from lora_cli.storage import is_intact, new_folder, write_json
 Tell = Callable[[int, int], None]  # how many of a backbone's layers are done, of how many
 
 
-def base_folder(plan: Plan, output: OutputFolder, *, made_before: bool, tell: Tell = lambda done, total: None) -> Path:
+def base_folder(
+    plan: Plan,
+    output: OutputFolder,
+    *,
+    made_before: bool,
+    tell: Tell = lambda done, total: None,
+    remote_code: bool = False,
+) -> Path:
     """The folder of the base's weights, which the main process makes where there is none.
 
     ``made_before``: a run goes on, and what it made when it began is still to be there.
@@ -41,9 +48,10 @@ def base_folder(plan: Plan, output: OutputFolder, *, made_before: bool, tell: Te
         return output.backbone
     if made_before:
         raise StorageError(
-            f"{output.backbone} is damaged or gone, and the checkpoints belong to it", "start over with --fresh"
+            f"{output.backbone} is damaged or gone, and this run's adapter belongs to it",
+            "put it back, or start over with --fresh",
         )
-    _make_backbone(plan, source, output.backbone, tell)
+    _make_backbone(plan, source, output.backbone, tell, remote_code)
     return output.backbone
 
 
@@ -74,9 +82,10 @@ def _source(plan: Plan, output: OutputFolder, *, made_before: bool) -> Path:
     return output.base
 
 
-def _make_backbone(plan: Plan, source: Path, path: Path, tell: Tell) -> None:
+def _make_backbone(plan: Plan, source: Path, path: Path, tell: Tell, remote_code: bool) -> None:
     """A model's folder with the adapted layers quantized, and the adapter that makes up for it."""
     skeleton, lora = plan.model.skeleton, plan.recipe.lora
+    tokenizer = load_tokenizer(plan.recipe.model, remote_code=remote_code)  # without the run's new tokens
     writer = BackboneWriter(
         plan.model.targets,
         {name for name, layer in adapters_of(skeleton).items() if is_transposed(getattr(layer, "base", None))},
@@ -88,8 +97,8 @@ def _make_backbone(plan: Plan, source: Path, path: Path, tell: Tell) -> None:
     with new_folder(path, replace=True) as folder:
         writer.write(source, folder)
         _write_config(plan, source, folder, writer.kind)
-        copy_files(("generation_config.json",), source, folder)
-        save_tokenizer(folder, load_tokenizer(plan.recipe.model), None)  # without the run's new tokens
+        copy_files(("generation_config.json", *(path.name for path in source.glob("*.py"))), source, folder)
+        save_tokenizer(folder, tokenizer, None)
         start = peft_config(skeleton, lora, plan.recipe.task, [], base=os.fspath(path), revision=None)
         for key in ("trainable_token_indices", "use_dora"):  # these begin as they are in the base
             start.pop(key, None)

@@ -78,7 +78,7 @@ class Check:
             "rows_per_step": plan.steps.rows_per_step,
             "device": plan.device.type,
             "dtype": str(plan.dtype).removeprefix("torch."),
-            "quantization": plan.recipe.model.quantization,
+            "quantization": "loftq" if plan.has_backbone else plan.recipe.model.quantization,
             "disk_bytes": plan.disk_bytes,
             "free_bytes": self.free_bytes,
             "memory": self.memory.to_dict(),

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.adapters.backbone import read_report
 from lora_cli.adapters.configuration import rewritten
 from lora_cli.adapters.exporting import export_updates
 from lora_cli.adapters.files import Adapter, LowRank, read_adapter
-from lora_cli.adapters.servers import SERVERS, max_lora_rank, strict_errors
+from lora_cli.adapters.servers import SERVERS, max_lora_rank, strict_errors, verdict
 from lora_cli.adapters.spectrum import MOST_LOST, relative_distance, rounding_loss
 from lora_cli.commands.adapter_folder import check_new, files_of, read_low_rank, write_adapter
 from lora_cli.commands.agreement import Agreement
@@ -107,20 +106,12 @@ def _exportable(folder: Path, server: str) -> Adapter:
         raise UsageError(
             f"{folder} holds modules trained in full ({', '.join(names)}), which servers refuse to load", instead
         )
-    _check_backbone(folder, adapter.base, server, instead)
     highest = max(len(update.lora_A) for update in adapter.updates.values())
     if SERVERS[server].has_max_rank and max_lora_rank(highest) is None:
         raise UsageError(f"{folder} has rank {highest}, and {server} takes at most 512", "use lora shrink --rank 512")
+    if reasons := verdict(server, files_of(folder, adapter)).refuses:
+        raise UsageError(f"{server} does not read {folder}: {'; '.join(reasons)}", instead)
     return adapter
-
-
-def _check_backbone(folder: Path, base: str | None, server: str, instead: str) -> None:
-    """A LoftQ adapter is served over its backbone, which not every server reads."""
-    report = read_report(Path(base).expanduser()) if base else None
-    if report is not None and (report.bits != 4 or server == "llama.cpp"):
-        raise UsageError(
-            f"{folder} belongs to a base of {report.bits} bits ({base}), which {server} does not read", instead
-        )
 
 
 def _config(adapter: Adapter, made: dict[str, LowRank]) -> dict[str, Any]:

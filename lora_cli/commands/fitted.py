@@ -22,6 +22,8 @@ from lora_cli.hub import model_folder
 from lora_cli.models import empty_model, fingerprint, read_config, set_labels
 from lora_cli.ops.packing import FORMATS
 
+MADE_WITH_IT = ("base", "backbone")  # folders of a run that its adapter is for
+
 
 @dataclass(frozen=True)
 class FittedAdapter:
@@ -101,8 +103,7 @@ def check_fingerprint(fitted: FittedAdapter) -> None:
     recorded = fitted.provenance.base_fingerprint
     if recorded is not None and fingerprint(fitted.base) != recorded:
         raise UsageError(
-            f"{fitted.base} is not the base that {fitted.folder} was trained on: the names and shapes are the same, "
-            "the weights are not",
+            f"{fitted.base} is not the base that {fitted.folder} was trained on: it holds other weights",
             "name the right base with --base",
         )
 
@@ -166,6 +167,9 @@ def find_base(
     if not name:
         raise UsageError(f"{folder} does not say which base it belongs to", "name it with --base")
     revision = None if base else adapter.config.get("revision")
+    beside = folder.resolve().parent / Path(name).name  # a base that was made with the adapter has moved with it
+    if base is None and beside.name in MADE_WITH_IT and beside.is_dir() and not Path(name).is_dir():
+        return beside
     try:
         return model_folder(name, revision, weights=weights, remote_code=remote_code, download=download).path
     except UsageError as error:

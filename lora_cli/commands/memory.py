@@ -100,6 +100,9 @@ class MemoryPlanner:
         self.read = tensor_bytes(self.model)
         folder = plan.model.folder.path if plan.model.folder else None
         self.quantized = quantize_base(self.model, recipe, folder)
+        stored = getattr(plan.model.config, "dtype", None) or torch.float32
+        if self.quantized and recipe.model.quantization == "none" and stored != plan.dtype:
+            self.read += self.read * stored.itemsize // plan.dtype.itemsize  # a backbone is unpacked as it is stored
         prepare(self.model, recipe, plan.model.new_ids)
         self.model.train()
         how = recipe.training.gradient_checkpointing

@@ -125,6 +125,10 @@ def _merge(
 def _base_to_merge_onto(fitted: FittedAdapter, onto: str, *, verify: bool) -> Quantization | None:
     """What the run saw of its base, if it is to be merged onto that."""
     quantization = fitted.quantization
+    if onto == "dequantized" and is_backbone(fitted.base):
+        raise UsageError(
+            f"{fitted.base} is what the run saw of its base, to the bit: there is no other", "leave --onto out"
+        )
     if onto == "dequantized" and quantization is None:
         raise UsageError(
             f"--onto dequantized is for adapters trained on a quantized base, and {fitted.folder} records none",

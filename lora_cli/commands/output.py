@@ -204,5 +204,5 @@ def adapter_config(plan: Plan, model: PreTrainedModel, base: str) -> dict[str, A
     if plan.recipe.method != "lora":
         return None
     commit = plan.model.folder.commit if plan.model.folder else None
-    revision = commit or plan.recipe.model.revision
+    revision = None if plan.has_backbone else commit or plan.recipe.model.revision
     return peft_config(model, plan.recipe.lora, plan.recipe.task, plan.model.saved, base=base, revision=revision)

@@ -132,7 +132,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
             warmup,
             device,
             dtype,
-            disk_bytes(model.counted, recipe, cache),
+            disk_bytes(model.counted, recipe, cache, backbone_bytes(model, recipe)),
             [
                 *_notes(loaded, config, dataset),
                 *cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
@@ -279,15 +279,23 @@ def split_of_step(training: TrainingSection, processes: int = 1) -> tuple[int, i
     return AUTO_ROWS * training.gradient_accumulation_steps, 1
 
 
-def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None) -> int:
+def backbone_bytes(model: ModelPlan, recipe: Recipe) -> int:
+    """Of a LoftQ run's own base at most: packed layers with their scales, and all else in float32."""
+    if recipe.lora.init_lora_weights != "loftq":
+        return 0
+    packed = sum(target.in_features * target.out_features for target in model.targets if not target.is_embedding)
+    rest = model.counted.total - model.counted.trainable - packed
+    return packed * recipe.lora.loftq_config.loftq_bits // 8 + packed // 48 + 4 * rest + 4 * model.counted.trainable
+
+
+def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None, backbone: int = 0) -> int:
     """What the output folder will hold: checkpoints with two moments each, the final weights, a cache meanwhile."""
     weights = 4 * counted.trainable
     checkpoints = recipe.training.save_total_limit + 2  # the best one, and the one being written
     final = weights if recipe.method == "lora" else 4 * counted.total
-    made = (recipe.model.config is not None) + (recipe.lora.init_lora_weights == "loftq")
-    base = 4 * counted.total * made
+    base = 4 * counted.total if recipe.model.config is not None else 0
     states = cache.bytes if cache is not None and cache.where == "disk" else 0
-    return 3 * weights * checkpoints + final + base + states
+    return 3 * weights * checkpoints + final + base + backbone + states
 
 
 def _check_auto(recipe: Recipe, device: torch.device) -> None:

@@ -33,7 +33,7 @@ from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
 from lora_cli.hub import weight_files
 from lora_cli.models import fingerprint, head_modules, load_model
-from lora_cli.recipe import LoadedRecipe
+from lora_cli.recipe import LoadedRecipe, Recipe
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact
 from lora_cli.tasks import TASKS
@@ -112,7 +112,7 @@ def train(
             plan = make_plan(loaded, remote_code=remote_code, world=world)
         # 2. is this the beginning, the continuation or the end of a run?
         checkpoints = Checkpoints(output.checkpoints, plan.recipe.training.save_total_limit)
-        standing = find_standing(plan, output, checkpoints, observer, world, fresh=fresh)
+        standing = find_standing(plan, output, checkpoints, observer, world, fresh=fresh, remote_code=remote_code)
         observer.begins(plan, output, standing.state, standing.set_aside)
         if world.tell(standing.summary is not None):
             return finished_outcome(plan, output, standing) if world.is_main else None
@@ -163,17 +163,39 @@ def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World, *, fr
     """Refuse an output folder or a model's folder that cannot be used, before the rows are read."""
     if world.is_main:
         output.check_usable()
-    origin = loaded.recipe.lora.init_from
-    if fresh and origin is not None and Path(origin).expanduser().resolve().is_relative_to(output.root.resolve()):
-        message = "lies in output_dir, which --fresh sets aside"
-        raise RecipeError([Mistake(("lora", "init_from"), message, "choose another output_dir")])
+    if fresh:
+        check_not_set_aside(loaded.recipe, output)
     name = loaded.recipe.model.path
     if name is not None and os.path.isdir(name):
         weight_files(Path(name))
 
 
+def check_not_set_aside(recipe: Recipe, output: OutputFolder) -> None:
+    """Refuse to move away what the run is to begin from."""
+    needed = {
+        ("lora", "init_from"): recipe.lora.init_from,
+        ("model", "path"): recipe.model.path,
+        ("model", "tokenizer"): recipe.model.tokenizer,
+    }
+    inside = [
+        path
+        for path, name in needed.items()
+        if name is not None and Path(name).expanduser().resolve().is_relative_to(output.root.resolve())
+    ]
+    if inside:
+        message = "lies in output_dir, which --fresh sets aside"
+        raise RecipeError([Mistake(path, message, "choose another output_dir") for path in inside])
+
+
 def find_standing(
-    plan: Plan, output: OutputFolder, checkpoints: Checkpoints, observer: TrainObserver, world: World, *, fresh: bool
+    plan: Plan,
+    output: OutputFolder,
+    checkpoints: Checkpoints,
+    observer: TrainObserver,
+    world: World,
+    *,
+    fresh: bool,
+    remote_code: bool = False,
 ) -> Standing:
     """The main process looks into the output folder, and the others are told."""
     set_aside, found, state = None, None, State()
@@ -183,7 +205,11 @@ def find_standing(
             found = checkpoints.newest()
             if found is None:
                 output.write_recipe(plan)  # before anything else is in the folder: it says whose it is
-            base = base_folder(plan, output, made_before=found is not None, tell=observer.quantized)
+            else:
+                check_same_run(found[1].run, identity(plan, found[1].run["base"]))  # but for the base itself
+            base = base_folder(
+                plan, output, made_before=found is not None, tell=observer.quantized, remote_code=remote_code
+            )
     with world.together():
         if not world.is_main:
             base = known_base(plan, output)

@@ -35,6 +35,7 @@ from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.rules import STARTS_FROM_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def quantize_base(model: PreTrainedModel, recipe: Recipe, base: Path | None) -> 
     each. A model on the meta device may be that of a backbone that is still to be made.
     """
     if base is not None and is_backbone(base):
-        pack_as_stored(model, base)
+        pack_as_stored(model, base, _in_full(model, recipe))
     elif recipe.model.quantization != "none":
         quantize(model, packable_modules(model, _in_full(model, recipe)), recipe.model.quantization)
     elif recipe.lora.init_lora_weights == "loftq":
@@ -195,6 +196,9 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     mistakes = []
     if mistake := _wrongly_quantized(recipe, model):
         mistakes.append(mistake)
+    if recipe.lora.init_lora_weights == "loftq" and all(target.is_embedding for target in model.targets):
+        message = "loftq quantizes the linear layers that are adapted, and this recipe adapts none"
+        mistakes.append(Mistake(("lora", "init_lora_weights"), message, "name some in lora.target_modules"))
     if reason := refuses(
         model.skeleton, recipe.training.gradient_checkpointing, choose_device(recipe.training.use_cpu)
     ):
@@ -227,6 +231,10 @@ def _wrongly_quantized(recipe: Recipe, model: ModelPlan) -> Mistake | None:
         message = "is stored quantized, and only bases that this tool quantizes itself can be trained on"
         cure = "name the base that it was made from, with model.quantization: nf4 or int8"
         return Mistake(("model", "path"), message, cure)
+    kind = str(recipe.lora.init_lora_weights)
+    if kind.startswith(STARTS_FROM_WEIGHTS):
+        message = f"{kind} begins from the base's own weights, and a base that is stored quantized no longer has them"
+        return Mistake(("lora", "init_lora_weights"), message, "use true, gaussian, orthogonal or eva")
     if recipe.method != "lora":
         return Mistake(("model", "path"), f"is stored quantized, and method: {recipe.method} writes a whole model")
     if recipe.model.quantization != "none":

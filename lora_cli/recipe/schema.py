@@ -197,7 +197,8 @@ class TrainingSection(Section):
 
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate")
     loraplus_lr_ratio: PositiveFloat | None = Field(
-        None, description="LoRA+: the learning rate of every B as a multiple of the others' (the paper: 16)"
+        None,
+        description="LoRA+: the learning rate of every linear layer's B as a multiple of the others' (the paper: 16)",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled (AdamW); on matrices only")
     gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in an optimizer step")

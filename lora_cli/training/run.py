@@ -36,9 +36,8 @@ def check_gradients(optimizer: FlatAdamW, world: World = ALONE) -> None:
     """
     optimizer.stop_watching()
     missed = set.intersection(*map(set, world.gather(sorted(optimizer.never_reached))))  # one may have had no rows
-    idle = [
-        name.removesuffix(".lora_B") for name in sorted(missed) if name.endswith(".lora_B") and "expert" not in name
-    ]
+    factors = (".lora_B", ".lora_embedding_B")
+    idle = [name.rpartition(".")[0] for name in sorted(missed) if name.endswith(factors) and "expert" not in name]
     if idle:
         kinds = sorted({ending(name) for name in idle})
         raise world.shared(

@@ -209,3 +209,16 @@ def test_peft_begins_it_alike(model_folder):
     theirs = peft.get_peft_model(model, config).base_model.model.model.embed_tokens
     assert not theirs.lora_embedding_A["default"].any()
     assert theirs.lora_embedding_B["default"].detach().std() == pytest.approx(1, abs=0.3)
+
+
+def test_layers_cannot_be_chosen_beside_it():
+    section = LoraSection(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[0])
+    with pytest.raises(RecipeError, match=r"cannot be combined with an adapter on model.embed_tokens"):
+        find_targets(tiny_model("llama", **UNTIED), section, [])
+
+
+def test_lora_plus_leaves_it_at_the_common_rate_and_a_bypassed_one_is_told(recipe, model_folder, monkeypatch):
+    monkeypatch.setattr(LoRAEmbedding, "forward", lambda self, ids: self.base(ids))
+    changes = {"model.path": str(model_folder("llama", **UNTIED)), "lora.target_modules": ["embed_tokens", "q_proj"]}
+    with pytest.raises(UsageError, match=r"get no gradient.*model.embed_tokens"):
+        run(recipe(**changes))

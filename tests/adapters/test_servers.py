@@ -36,7 +36,7 @@ def test_a_plain_adapter_is_served_by_all_and_strictly_right(server):
         ({"modules_to_save": ["score"]}, (), "score", {"vllm", "sglang", "llama.cpp"}),
         ({}, ("base_model.model.score.weight",), "score", {"vllm", "sglang", "llama.cpp"}),
         ({"bias": "all"}, (), "biases", {"vllm", "sglang", "llama.cpp"}),
-        ({}, ("base_model.model.model.embed_tokens.lora_embedding_A",), "embeddings", {"vllm", "sglang"}),
+        ({}, ("base_model.model.model.embed_tokens.lora_embedding_A",), "embeddings", {"vllm", "sglang", "llama.cpp"}),
     ],
 )
 def test_what_is_more_than_low_rank_is_refused(config, extra, word, refusing):

@@ -142,7 +142,7 @@ def test_a_backbone_that_was_lost_is_not_made_again_for_old_checkpoints(loftq, l
     save_file(tensors, file)
     refused = lora("train", path)
     assert refused.code == 5
-    assert "backbone is damaged or gone, and the checkpoints belong to it" in refused.err
+    assert "backbone is damaged or gone, and this run's adapter belongs to it" in refused.err
     assert "--fresh" in refused.err
     assert lora("train", path, "--fresh", "--json").code == 0
 
@@ -182,12 +182,13 @@ def test_another_adapter_can_go_on_from_it(loftq, recipe, lora, tmp_path):
     assert distance(seen, logits(loaded_by_us(first / "adapter"))) > 1e-4
 
 
-@pytest.mark.parametrize(("bits", "server"), [(2, "vllm"), (8, "sglang"), (4, "llama.cpp")])
+@pytest.mark.parametrize(("bits", "server"), [(2, "vllm"), (8, "sglang"), (4, "llama.cpp"), (3, "peft")])
 def test_servers_that_cannot_read_the_backbone_are_told(bits, server, loftq, lora, tmp_path):
     assert lora("train", loftq(bits), "--json").code == 0
     refused = lora("export", tmp_path / "run" / "adapter", "--for", server, "-o", tmp_path / "out")
     assert refused.code == 2
-    assert f"belongs to a base of {bits} bits" in refused.err
+    assert f"{server} does not read" in refused.err
+    assert f"its base, quantized to {bits} bits" in refused.err
     assert "lora merge" in refused.err
 
 
@@ -302,3 +303,69 @@ def test_a_base_whose_weights_were_swapped_is_told(loftq, model_folder, lora, tm
     assert lora("train", loftq(), "--json").code == 0
     other = other_weights(model_folder("llama", **WIDE), tmp_path / "other", "causal_lm")
     assert lora("merge", tmp_path / "run" / "adapter", "--base", other).code == 2
+
+
+def test_modules_in_full_on_a_backbone_stay_dense(loftq, recipe, lora, tmp_path):
+    run(loftq(**{"training.max_steps": 1}))
+    changes = {"lora": {"modules_to_save": ["layers.1.mlp.up_proj"]}, "output_dir": str(tmp_path / "second")}
+    model = {"path": str(tmp_path / "run" / "backbone"), "dtype": "float32"}
+    assert lora("train", recipe("second.yaml", model=model, **changes), "--json").code == 0
+    merged = lora("merge", tmp_path / "second" / "adapter", "-o", tmp_path / "merged", "--json")
+    assert merged.json["within_limit"]
+
+
+def test_an_adapter_finds_its_backbone_where_both_were_moved(loftq, lora, tmp_path):
+    run(loftq(**{"training.max_steps": 1}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    merged = lora("merge", tmp_path / "moved" / "adapter", "-o", tmp_path / "merged", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["base"] == str(tmp_path / "moved" / "backbone")
+
+
+def test_there_is_no_other_base_to_merge_onto(loftq, lora, tmp_path):
+    run(loftq(**{"training.max_steps": 1}))
+    refused = lora("merge", tmp_path / "run" / "adapter", "--onto", "dequantized")
+    assert refused.code == 2
+    assert "is what the run saw of its base, to the bit" in refused.err
+
+
+def test_a_changed_recipe_is_told_before_a_missing_backbone(loftq, recipe, model_folder, lora):
+    model = {"path": str(model_folder("llama", **WIDE)), "dtype": "float32"}
+    assert lora("train", recipe(model=model), "--json").code == 0
+    refused = lora("train", loftq(**{"dataset.eval_size": 0}))
+    assert refused.code == 2
+    assert "lora.init_lora_weights was true when this run began, and is" in refused.err
+
+
+def test_fresh_does_not_set_aside_what_the_run_begins_from(loftq, recipe, lora, tmp_path):
+    run(loftq(**{"training.max_steps": 1}))
+    again = recipe("again.yaml", model={"path": str(tmp_path / "run" / "backbone"), "dtype": "float32"})
+    refused = lora("train", again, "--fresh")
+    assert refused.code == 2
+    assert "model.path lies in output_dir, which --fresh sets aside" in refused.err
+    assert (tmp_path / "run" / "backbone").is_dir()
+
+
+@pytest.mark.parametrize("beginning", ["pissa", "olora", "lora_ga"])
+def test_what_begins_from_weights_needs_dense_ones(beginning, loftq, recipe, lora, tmp_path):
+    run(loftq(**{"training.max_steps": 1}))
+    model = {"path": str(tmp_path / "run" / "backbone"), "dtype": "float32"}
+    changes = {"lora.init_lora_weights": beginning, "output_dir": str(tmp_path / "again")}
+    refused = lora("check", recipe("again.yaml", model=model, **changes))
+    assert refused.code == 2
+    assert f"{beginning} begins from the base's own weights" in refused.err
+
+
+def test_an_embedding_alone_is_nothing_to_quantize(loftq, lora):
+    refused = lora("check", loftq(**{"lora.target_modules": ["embed_tokens"]}))
+    assert refused.code == 2
+    assert "this recipe adapts none" in refused.err
+
+
+def test_disk_counts_the_backbone_as_it_is_packed(loftq, lora, tmp_path):
+    asked = {bits: lora("check", loftq(bits), "--json").json["disk_bytes"] for bits in KINDS}
+    assert sorted(asked.values()) == [asked[bits] for bits in sorted(KINDS)]
+    run(loftq(4, **{"training.max_steps": 1}))
+    plain = lora("check", loftq(4, lora={"r": 4}, output_dir=str(tmp_path / "x")), "--json").json["disk_bytes"]
+    written = sum(path.stat().st_size for path in (tmp_path / "run" / "backbone").glob("*.safetensors"))
+    assert 0.9 * written < asked[4] - plain < 1.3 * written
