@@ -48,7 +48,7 @@ class Contender:
 TRAINER = ("peft", "accelerate")
 CONTENDERS = {
     "lora": Contender("ours.train"),
-    "lora, plain": Contender("ours.train_plain", needs_variant=True),
+    "plain lora": Contender("ours.train_plain", needs_variant=True),
     "peft+trainer": Contender("trainer.train", TRAINER),
     "peft+trainer+grouped": Contender("trainer.train_grouped", TRAINER, needs_lengths=True),
     "peft+trainer+liger": Contender(
