@@ -295,21 +295,13 @@ def _backward(
         else:
             scores_SQT, tanh_SQT = group.scores(wide_q[:, grouped], wide_k[:, keys], queries, keys)
             p_SQT = torch.softmax(scores_SQT, -1).to(q.dtype)
-        _add_product(dv_STD[:, keys], p_SQT.transpose(1, 2), do)
+        dv_STD[:, keys] += torch.bmm(p_SQT.transpose(1, 2), do)
         dp_SQT = torch.bmm(do, v.transpose(1, 2))
         ds_SQT = torch._softmax_backward_data(dp_SQT, p_SQT, -1, p_SQT.dtype)
         if tanh_SQT is not None:
             ds_SQT.mul_(1 - tanh_SQT.square())
         dq_SQD[:, grouped] = torch.bmm(ds_SQT, k)
-        _add_product(dk_STD[:, keys], ds_SQT.transpose(1, 2), q)
+        dk_STD[:, keys] += torch.bmm(ds_SQT.transpose(1, 2), q)
     dq_NHD = group.queries_last(dq_SQD) * group.sight.scaling
     dk_MKD, dv_MKD = (group.keys_last(t).to(k_MKD.dtype) for t in (dk_STD, dv_STD))
     return dq_NHD, dk_MKD, dv_MKD
-
-
-def _add_product(sum_STD: Tensor, a_STQ: Tensor, b_SQD: Tensor) -> None:
-    """In place; in one go where the sum is of the product's type."""
-    if sum_STD.dtype == a_STQ.dtype:
-        sum_STD.baddbmm_(a_STQ, b_SQD)
-    else:
-        sum_STD += torch.bmm(a_STQ, b_SQD)

@@ -49,6 +49,8 @@ def _model(plan: Plan) -> str:
     dtype = str(plan.dtype).removeprefix("torch.")
     if plan.recipe.model.quantization != "none":
         dtype = f"{plan.recipe.model.quantization}, computing in {dtype}"
+    if plan.has_backbone:
+        dtype = f"LoftQ in {plan.recipe.lora.loftq_config.loftq_bits} bits, computing in {dtype}"
     revision = f", commit {commit[:12]}" if commit else ""
     return f"{plan.recipe.model.name} ({config.model_type}, {dtype} on {plan.device.type}{revision})"
 

@@ -23,14 +23,19 @@ STORAGES = ["none", "nf4", "int8"]
 BEGINNINGS = [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "eva", "lora_ga", "loftq"]
 ON_DENSE_WEIGHTS = ("pissa", "pissa_niter_2", "olora", "lora_ga", "loftq")  # refused by name on a quantized base
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def is_in_the_usual_run(kind: str, storage: str, use_dora: bool, use_rslora: bool, number: int) -> bool:
+    """All cells of one architecture with a dense base; elsewhere every beginning once, with DoRA or rsLoRA in turn."""
+    return (kind == "llama" and storage == "none") or (use_dora, use_rslora) == (number % 2 == 0, number % 2 == 1)
+
+
 CELLS = [
-    (kind, storage, use_dora, use_rslora, beginning)
-    for kind, storage, use_dora, use_rslora, (number, beginning) in itertools.product(
+    pytest.param(*cell, beginning, marks=[] if is_in_the_usual_run(*cell, number) else pytest.mark.slow)
+    for *cell, (number, beginning) in itertools.product(
         KINDS, STORAGES, (False, True), (False, True), enumerate(BEGINNINGS)
     )
-    # all of them on one architecture with a dense base; elsewhere every beginning once, with DoRA or rsLoRA in turn
-    if (kind == "llama" and storage == "none") or (use_dora, use_rslora) == (number % 2 == 0, number % 2 == 1)
-    if storage == "none" or beginning not in ON_DENSE_WEIGHTS
+    if cell[1] == "none" or beginning not in ON_DENSE_WEIGHTS
 ]
 
 

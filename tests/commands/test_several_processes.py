@@ -172,11 +172,19 @@ def test_a_random_base_is_written_by_one_and_read_by_both(recipe, model_folder, 
     assert (tmp_path / "run" / "base" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "lora", [{}, {"lora.use_dora": True, "lora.init_lora_weights": "pissa"}], ids=["plain", "dora"]
-)
-def test_a_base_in_pieces_gives_the_same_adapter(lora, recipe, tmp_path):
-    changes = BUSY | lora | {"training.max_steps": 4, "training.gradient_checkpointing": True}
+IN_PIECES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"lora.use_dora": True, "lora.init_lora_weights": "pissa"},
+    "rows": {"lora.trainable_token_indices": [5, 9]},
+    "embedding": {"lora.target_modules": ["embed_tokens", "q_proj", "up_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", IN_PIECES)
+def test_a_base_in_pieces_gives_the_same_adapter(kind, recipe, model_folder, tmp_path):
+    base = model_folder("llama", tie_word_embeddings=kind != "embedding")
+    changes = BUSY | IN_PIECES[kind] | {"training.max_steps": 4, "training.gradient_checkpointing": True}
+    changes |= {"model": {"path": str(base), "dtype": "float32"}}
     whole = recipe("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
     assert train(tmp_path / "w", whole) == [0, 0]
     assert train(tmp_path / "p", recipe(**changes | {"training.strategy": "fsdp"})) == [0, 0]
