@@ -5,6 +5,8 @@ Shape suffixes: V vocabulary, D hidden size, R rank; `...` any leading dimension
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +14,38 @@ from torch.nn import functional as F
 FACTORS = ("lora_embedding_A", "lora_embedding_B")  # PEFT's names
 
 
-class LoRAEmbedding(nn.Module):
+class OverTable(nn.Module):
+    """Stands in the place of an embedding, its ``base``: model code that looks at its sizes finds the base's."""
+
+    base: Any
+
+    def scaled(self, x_D: Tensor) -> Tensor:
+        """As the table scales what it looks up (Gemma's does)."""
+        scale = getattr(self.base, "embed_scale", None)
+        if scale is None:
+            return x_D
+        return x_D * (scale.to(x_D.dtype) if isinstance(scale, Tensor) else scale)
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.base.weight
+        return weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return int(self.base.num_embeddings)
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.base.embedding_dim)
+
+    @property
+    def padding_idx(self) -> int | None:
+        index: int | None = self.base.padding_idx
+        return index
+
+
+class LoRAEmbedding(OverTable):
     """y = (E + s (B A)^T)[ids] with E (V, D) frozen, A (R, V) and B (D, R) trained in float32.
 
     As PEFT's: A begins as zero and B at random, so the output is the table's, bit for bit. A table that scales what
@@ -32,11 +65,7 @@ class LoRAEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         y_D = self.base(ids)
         z_R = F.embedding(ids, self.lora_embedding_A.T, padding_idx=self.base.padding_idx).to(y_D.dtype)
-        update_D = self.scaling * F.linear(z_R, self.lora_embedding_B.to(y_D.dtype))
-        scale = getattr(self.base, "embed_scale", None)
-        if scale is not None:
-            update_D = update_D * (scale.to(y_D.dtype) if isinstance(scale, Tensor) else scale)
-        return y_D + update_D
+        return y_D + self.scaled(self.scaling * F.linear(z_R, self.lora_embedding_B.to(y_D.dtype)))
 
     @torch.no_grad()
     def begin(self, a_RV: Tensor, b_DR: Tensor) -> None:
@@ -70,23 +99,6 @@ class LoRAEmbedding(nn.Module):
     @property
     def file_rank(self) -> int:
         return self.r
-
-    # Model code that looks at a table (its dtype, its size) finds the base's.
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.base.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.base.embedding_dim
-
-    @property
-    def padding_idx(self) -> int | None:
-        return self.base.padding_idx
 
 
 def is_plain_table(module: nn.Module) -> bool:

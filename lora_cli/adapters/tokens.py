@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.embedding import is_plain_table
+from lora_cli.adapters.embedding import OverTable, is_plain_table
 from lora_cli.adapters.targets import is_below, tied_partner
 from lora_cli.errors import Mistake, RecipeError
 
@@ -64,7 +64,7 @@ class _RowsOver(nn.Module):
         return self.base.weight
 
 
-class TrainedTokens(_RowsOver):
+class TrainedTokens(OverTable, _RowsOver):
     """An embedding some of whose rows are trained, in float32 whatever the table is stored in.
 
     They stand in the table's place, as in PEFT's trainable_token_indices (``TrainableTokensLayer``), and begin as
@@ -86,22 +86,7 @@ class TrainedTokens(_RowsOver):
         place, count = self.place_V[ids], len(self.ids)
         rows_TD = F.pad(self.trainable_tokens_delta, (0, 0, 0, 1))  # a last one for the words that have none
         z_D = F.embedding(place, rows_TD, padding_idx=count).to(y_D.dtype)
-        scale = getattr(self.base, "embed_scale", None)
-        if scale is not None:
-            z_D = z_D * (scale.to(y_D.dtype) if isinstance(scale, Tensor) else scale)
-        return torch.where((place < count)[..., None], z_D, y_D)
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.base.num_embeddings
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.base.embedding_dim
-
-    @property
-    def padding_idx(self) -> int | None:
-        return self.base.padding_idx
+        return torch.where((place < count)[..., None], self.scaled(z_D), y_D)
 
 
 class TrainedOutputs(_RowsOver):

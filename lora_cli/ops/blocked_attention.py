@@ -42,14 +42,15 @@ class _BlockedAttention(torch.autograd.Function):
         groups = _groups_of(query_NHD, key_MKD, rows, sight)
         in_turn = rows.in_turn(groups)
         kept: list[Tensor] = []
+        trains = any(ctx.needs_input_grad)
         for some, keys, group in in_turn:
             out_NHD[some], probabilities = _forward(query_NHD[some], key_MKD[keys], value_MKD[keys], group)
-            kept += probabilities if group.keeps_probabilities else []
-        if len(in_turn) < len(groups):  # a rehearsal: the others leave no less behind
+            kept += probabilities if trains and group.keeps_probabilities else []
+        if trains and len(in_turn) < len(groups):  # a rehearsal: the others leave no less behind
             others = [group for *_, group in groups if group is not in_turn[0][2] and group.keeps_probabilities]
             kept += [query_NHD.new_empty(group.num_probabilities) for group in others]
         ctx.rows, ctx.sight = rows, sight
-        ctx.save_for_backward(query_NHD, key_MKD, value_MKD, *(kept if any(ctx.needs_input_grad) else []))
+        ctx.save_for_backward(query_NHD, key_MKD, value_MKD, *kept)
         return out_NHD
 
     @staticmethod

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.adapters.embedding import LoRAEmbedding, is_plain_table
 from lora_cli.adapters.files import read_adapter
@@ -222,3 +223,19 @@ def test_lora_plus_leaves_it_at_the_common_rate_and_a_bypassed_one_is_told(recip
     changes = {"model.path": str(model_folder("llama", **UNTIED)), "lora.target_modules": ["embed_tokens", "q_proj"]}
     with pytest.raises(UsageError, match=r"get no gradient.*model.embed_tokens"):
         run(recipe(**changes))
+
+
+def test_a_table_that_scales_scales_the_update_alike(tmp_path, tokenizer):
+    """Gemma's: base + update, times the root of the hidden size; as PEFT has it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 320, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **sizes))
+    assert hasattr(model.get_input_embeddings(), "embed_scale")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    ours = our_adapter(tmp_path / "base", tmp_path / "adapter", "causal_lm", **TARGETS)
+    theirs = loaded_by_peft(tmp_path / "base", tmp_path / "adapter", "causal_lm")
+    assert distance(logits(ours), logits(theirs)) < 1e-5
+    ours.get_input_embeddings().scaled = lambda x: x  # the control
+    assert distance(logits(ours), logits(theirs)) > 1e-3
