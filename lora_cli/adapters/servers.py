@@ -1,8 +1,9 @@
 """What each server makes of an adapter's files: what it refuses, and the scale that it would use.
 
-Looked up in the sources of vLLM (``lora/peft_helper.py``, ``config/lora.py``), SGLang (``lora/lora.py``,
-``lora/lora_config.py``) and llama.cpp (``convert_lora_to_gguf.py``, ``llama-adapter.h``). None of them raises for a key
-that it does not read, so a wrong scale passes in silence; hence the scale is computed here as each computes it.
+Looked up in the sources of vLLM (``lora/peft_helper.py``, ``config/lora.py``; last in 0.33.0), SGLang
+(``lora/lora.py``, ``lora/lora_config.py``, ``lora/lora_manager.py``; 0.5.23) and llama.cpp
+(``convert_lora_to_gguf.py``, ``llama-adapter.h``). None of them raises for a key that it does not read, so a wrong scale
+passes in silence; hence the scale is computed here as each computes it.
 """
 
 from __future__ import annotations
@@ -158,13 +159,20 @@ class Server:
     scale: Callable[[Files, str, int], float]
     ignored: tuple[str, ...] = ()  # keys that it does not read
     has_max_rank: bool = False
+    reads_all: str | None = None  # the version that was seen to read those keys too
 
 
 _LOW_RANK_ONLY = (_dora, _saved, _bias, _embeddings, _stacked)
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 SERVERS = {
     "peft": Server((_backbone_but(4, 8),), _peft_scale),
-    "vllm": Server((*_LOW_RANK_ONLY, _rank_above_all, _backbone_but(4)), _vllm_scale, _PATTERNS, has_max_rank=True),
+    "vllm": Server(
+        (*_LOW_RANK_ONLY, _rank_above_all, _backbone_but(4)),
+        _vllm_scale,
+        _PATTERNS,
+        has_max_rank=True,
+        reads_all="0.33",
+    ),
     "sglang": Server((*_LOW_RANK_ONLY, _backbone_but(4)), _sglang_scale, (*_PATTERNS, "use_rslora")),
     "llama.cpp": Server(
         (_dora, _saved, _bias, _embeddings, _backbone_but()), _llama_cpp_scale, ("alpha_pattern", "use_rslora")
@@ -200,6 +208,7 @@ def _wrong_scales(reader: Server, files: Files) -> list[str]:
         return []
     module, (read, right) = next(iter(wrong.items()))
     keys = ", ".join(key for key in reader.ignored if files.config.get(key)) or "the ranks of the tensors"
+    keys += f" in older versions ({reader.reads_all} reads them)" if reader.reads_all else ""
     return [f"ignores {keys}: wrong scale on {len(wrong)} modules ({module}: {read:.4g} instead of {right:.4g})"]
 
 
