@@ -2,8 +2,8 @@
 
 Looked up in the sources of vLLM (``lora/peft_helper.py``, ``config/lora.py``; last in 0.33.0), SGLang
 (``lora/lora.py``, ``lora/lora_config.py``, ``lora/lora_manager.py``; 0.5.23) and llama.cpp
-(``convert_lora_to_gguf.py``, ``llama-adapter.h``). None of them raises for a key that it does not read, so a wrong scale
-passes in silence; hence the scale is computed here as each computes it.
+(``convert_lora_to_gguf.py``, ``llama-adapter.h``). None of them raises for a key that it does not read, so a wrong
+scale passes in silence; hence the scale is computed here as each computes it.
 """
 
 from __future__ import annotations
@@ -72,11 +72,24 @@ def _dora(files: Files) -> str | None:
 
 
 def _saved(files: Files) -> str | None:
+    named = _saved_modules(files)
+    return f"modules saved in full (modules_to_save: {', '.join(named)})" if named else None
+
+
+def _saved_but_a_head(files: Files) -> str | None:
+    return None if _is_classifier(files) else _saved(files)
+
+
+def _saved_modules(files: Files) -> list[str]:
     """Modules in full, by the key or by their tensors."""
-    named = files.config.get("modules_to_save") or sorted(
+    return files.config.get("modules_to_save") or sorted(
         {trained_name_of(name).rpartition(".")[0] for name in files.shapes if not _is_low_rank(name)}
     )
-    return f"modules saved in full (modules_to_save: {', '.join(named)})" if named else None
+
+
+def _is_classifier(files: Files) -> bool:
+    """Whether a classifier's head is all that is saved in full: newer versions of vLLM read that."""
+    return len(_saved_modules(files)) == 1 and _saved_modules(files)[0] in ("score", "classifier")
 
 
 def _is_low_rank(name: str) -> bool:
@@ -162,18 +175,18 @@ class Server:
     reads_all: str | None = None  # the version that was seen to read those keys too
 
 
-_LOW_RANK_ONLY = (_dora, _saved, _bias, _embeddings, _stacked)
+_LOW_RANK_ONLY = (_dora, _bias, _embeddings, _stacked)
 _PATTERNS = ("alpha_pattern", "rank_pattern")
 SERVERS = {
     "peft": Server((_backbone_but(4, 8),), _peft_scale),
     "vllm": Server(
-        (*_LOW_RANK_ONLY, _rank_above_all, _backbone_but(4)),
+        (*_LOW_RANK_ONLY, _saved_but_a_head, _rank_above_all, _backbone_but(4)),
         _vllm_scale,
         _PATTERNS,
         has_max_rank=True,
         reads_all="0.33",
     ),
-    "sglang": Server((*_LOW_RANK_ONLY, _backbone_but(4)), _sglang_scale, (*_PATTERNS, "use_rslora")),
+    "sglang": Server((*_LOW_RANK_ONLY, _saved, _backbone_but(4)), _sglang_scale, (*_PATTERNS, "use_rslora")),
     "llama.cpp": Server(
         (_dora, _saved, _bias, _embeddings, _backbone_but()), _llama_cpp_scale, ("alpha_pattern", "use_rslora")
     ),
@@ -190,6 +203,8 @@ def verdict(server: str, files: Files) -> Verdict:
         if reader.has_max_rank and needed > VLLM_DEFAULT_RANK
         else []
     )
+    if _is_classifier(files) and not refuses and reader.reads_all:
+        flags.append(f"version {reader.reads_all}, which reads modules_to_save: {_saved_modules(files)[0]}")
     return Verdict(server, refuses, _wrong_scales(reader, files), flags)
 
 

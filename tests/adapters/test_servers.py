@@ -33,8 +33,9 @@ def test_a_plain_adapter_is_served_by_all_and_strictly_right(server):
     [
         ({"use_dora": True}, (), "DoRA", {"vllm", "sglang", "llama.cpp"}),
         ({}, (f"base_model.model.{MODULES[0]}.lora_magnitude_vector",), "DoRA", {"vllm", "sglang", "llama.cpp"}),
-        ({"modules_to_save": ["score"]}, (), "score", {"vllm", "sglang", "llama.cpp"}),
-        ({}, ("base_model.model.score.weight",), "score", {"vllm", "sglang", "llama.cpp"}),
+        ({"modules_to_save": ["score"]}, (), "score", {"sglang", "llama.cpp"}),
+        ({}, ("base_model.model.score.weight",), "score", {"sglang", "llama.cpp"}),
+        ({"modules_to_save": ["lm_head"]}, (), "lm_head", {"vllm", "sglang", "llama.cpp"}),
         ({"bias": "all"}, (), "biases", {"vllm", "sglang", "llama.cpp"}),
         ({}, ("base_model.model.model.embed_tokens.lora_embedding_A",), "embeddings", {"vllm", "sglang", "llama.cpp"}),
     ],
@@ -98,3 +99,9 @@ def test_the_strict_reader_finds_what_is_not_plain(server):
     assert strict_errors(server, lone)
     foreign = Files(lone.config, {"transformer." + name: shape for name, shape in files().shapes.items()})
     assert strict_errors(server, foreign)
+
+
+def test_a_classifiers_head_needs_a_newer_vllm_and_is_exported_for_none():
+    head = files(modules_to_save=["score"])
+    assert str(verdict("vllm", head)) == "serves it; needs version 0.33, which reads modules_to_save: score"
+    assert strict_errors("vllm", head)
