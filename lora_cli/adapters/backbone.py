@@ -21,7 +21,7 @@ from lora_cli.adapters.injection import let_go_of_files
 from lora_cli.adapters.loftq import KINDS, Decomposed, decompose
 from lora_cli.adapters.merging import Naming
 from lora_cli.adapters.quantized import QuantizedLinear
-from lora_cli.adapters.targets import Target, is_below
+from lora_cli.adapters.targets import Target, is_below, linear_targets
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.hub import weight_files
 from lora_cli.recipe import LoftQSection
@@ -90,6 +90,11 @@ class BackboneWriter:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     _waiting: dict[str, Tensor] = field(default_factory=dict)  # of the weight at hand: what is still to be written
 
+    def __post_init__(self) -> None:
+        self.targets = linear_targets(self.targets)  # a table stays as it is
+        self._by_parameter = {f"{target.name}.weight": target for target in self.targets}
+        self._naming = Naming(set(self._by_parameter), self.prefix, keep_foreign=True)
+
     def write(self, base: Path, folder: Path) -> None:
         """Raises ``UsageError`` where the base's files lack a weight, or hold one in a type that is no float."""
         self._check(base)
@@ -115,11 +120,6 @@ class BackboneWriter:
     def _target(self, key: str) -> Target | None:
         parameter = self._naming.parameter(key)
         return None if parameter is None else self._by_parameter[parameter]
-
-    def __post_init__(self) -> None:
-        self.targets = [target for target in self.targets if not target.is_embedding]  # a table stays as it is
-        self._by_parameter = {f"{target.name}.weight": target for target in self.targets}
-        self._naming = Naming(set(self._by_parameter), self.prefix, keep_foreign=True)
 
     def _write_file(self, source: WeightFile, path: Path) -> None:
         targets = {entry.name: self._target(entry.name) for entry in source.entries}

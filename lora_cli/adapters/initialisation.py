@@ -94,11 +94,6 @@ class Kind:
     measured: Measured | None = None
     has_start: bool = False
 
-    @property
-    def needs_dense_base(self) -> bool:
-        """Whether it takes the base's weights apart, which a quantized base no longer has."""
-        return self.has_start
-
 
 INITIALISATIONS = {
     "true": Kind(kaiming_uniform),

@@ -28,11 +28,6 @@ class Decomposed:
     plain_error: float  # of the quantized weight alone, as it would be without factors
     error: float
 
-    @property
-    def kept(self) -> float:
-        """The share of plain quantization's error that is left."""
-        return self.error / self.plain_error if self.plain_error else 1.0
-
 
 @torch.no_grad()
 def decompose(weight_OI: Tensor, kind: str, r: int, scaling: float, iterations: int) -> Decomposed:

@@ -37,6 +37,11 @@ class Target:
         return self.experts * self.r * (self.in_features + self.out_features)
 
 
+def linear_targets(targets: list[Target]) -> list[Target]:
+    """Those with a matrix of their own: what LoftQ quantizes."""
+    return [target for target in targets if not target.is_embedding]
+
+
 def linear_modules(model: PreTrainedModel, *, outside: list[str] | None = None) -> dict[str, nn.Module]:
     """Linear layers that may be adapted: not the output head, not below ``outside``."""
     head = model.get_output_embeddings()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from lora_cli.adapters.targets import linear_targets
 from lora_cli.commands.caching import CachePlan, cache_notes, plan_cache
 from lora_cli.commands.labels import choose_labels
 from lora_cli.commands.trainable import Counted, ModelPlan, check_trainable, plan_model
@@ -62,7 +63,7 @@ class Plan:
     @property
     def has_backbone(self) -> bool:
         """Whether the run trains on a base that it quantizes itself, when it begins, and keeps."""
-        return self.recipe.lora.init_lora_weights == "loftq"
+        return self.recipe.lora.is_loftq
 
     @property
     def pad_id(self) -> int:
@@ -281,9 +282,9 @@ def split_of_step(training: TrainingSection, processes: int = 1) -> tuple[int, i
 
 def backbone_bytes(model: ModelPlan, recipe: Recipe) -> int:
     """Of a LoftQ run's own base at most: packed layers with their scales, and all else in float32."""
-    if recipe.lora.init_lora_weights != "loftq":
+    if not recipe.lora.is_loftq:
         return 0
-    packed = sum(target.in_features * target.out_features for target in model.targets if not target.is_embedding)
+    packed = sum(target.in_features * target.out_features for target in linear_targets(model.targets))
     rest = model.counted.total - model.counted.trainable - packed
     return packed * recipe.lora.loftq_config.loftq_bits // 8 + packed // 48 + 4 * rest + 4 * model.counted.trainable
 

@@ -24,7 +24,7 @@ from lora_cli.adapters.injection import (
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
-from lora_cli.adapters.targets import Target, find_saved, find_targets, outermost, tied_partner
+from lora_cli.adapters.targets import Target, find_saved, find_targets, linear_targets, outermost, tied_partner
 from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_room_for, rows_of
 from lora_cli.commands.fitted import adapted_tables, copied_rows, copies_in_full
 from lora_cli.device import choose_device
@@ -164,11 +164,11 @@ def quantize_base(model: PreTrainedModel, recipe: Recipe, base: Path | None) -> 
         pack_as_stored(model, base, _in_full(model, recipe))
     elif recipe.model.quantization != "none":
         quantize(model, packable_modules(model, _in_full(model, recipe)), recipe.model.quantization)
-    elif recipe.lora.init_lora_weights == "loftq":
+    elif recipe.lora.is_loftq:
         targets = find_targets(model, recipe.lora, _in_full(model, recipe))
         quantize(
             model,
-            [target.name for target in targets if not target.is_embedding],
+            [target.name for target in linear_targets(targets)],
             KINDS[recipe.lora.loftq_config.loftq_bits],
         )
     else:
@@ -196,7 +196,7 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     mistakes = []
     if mistake := _wrongly_quantized(recipe, model):
         mistakes.append(mistake)
-    if recipe.lora.init_lora_weights == "loftq" and all(target.is_embedding for target in model.targets):
+    if recipe.lora.is_loftq and not linear_targets(model.targets):
         message = "loftq quantizes the linear layers that are adapted, and this recipe adapts none"
         mistakes.append(Mistake(("lora", "init_lora_weights"), message, "name some in lora.target_modules"))
     if reason := refuses(
@@ -224,7 +224,7 @@ def _wrongly_quantized(recipe: Recipe, model: ModelPlan) -> Mistake | None:
     """A base that is stored quantized: read where this tool has made it so, and never quantized again."""
     if getattr(model.config, "quantization_config", None) is None:
         return None
-    if recipe.lora.init_lora_weights == "loftq":
+    if recipe.lora.is_loftq:
         message = "is stored quantized, and init_lora_weights: loftq quantizes the base itself, from its dense weights"
         return Mistake(("model", "path"), message, "name the base that it was made from")
     if model.folder is None or not is_backbone(model.folder.path):

@@ -22,10 +22,8 @@ EVALUATION_METRICS = {
     ),
 }
 
-STARTS_FROM_WEIGHTS = ("pissa", "olora", "lora_ga")  # initialisations whose kind needs a dense base
-
-
-FROM_A_START = ("pissa", "olora", "lora_ga")  # what they learn counts from where A and B begin
+# initialisations away from zero, of the base's own weights: what they learn counts from where A and B begin
+STARTS_FROM_WEIGHTS = ("pissa", "olora", "lora_ga")
 OF_AN_ADAPTER = (
     *("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "init_lora_weights"),
@@ -45,7 +43,7 @@ def has_evaluation(recipe: Recipe) -> bool:
 
 def is_quantized(recipe: Recipe) -> bool:
     """Whether some of the base's weights are packed while the run lasts."""
-    return recipe.model.quantization != "none" or recipe.lora.init_lora_weights == "loftq"
+    return recipe.model.quantization != "none" or recipe.lora.is_loftq
 
 
 def was_changed(section: Section, name: str, key: str, source: Source) -> bool:
@@ -103,7 +101,7 @@ def _quantized_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
 
 def _quantized_begins_as_it_is(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     kind, start = recipe.model.quantization, str(recipe.lora.init_lora_weights).lower()
-    if kind != "none" and start == "loftq":
+    if kind != "none" and recipe.lora.is_loftq:
         yield Mistake(
             ("model", "quantization"),
             f"{kind} cannot be combined with init_lora_weights: loftq, which quantizes the base itself, from its dense "
@@ -154,7 +152,7 @@ def _adapter_brings_its_own(recipe: Recipe, source: Source) -> Iterator[Mistake]
 
 def _start_is_not_rounded(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     kind = str(recipe.lora.init_lora_weights)
-    if kind.startswith(FROM_A_START) and recipe.training.save_dtype in ("bfloat16", "float16"):
+    if kind.startswith(STARTS_FROM_WEIGHTS) and recipe.training.save_dtype in ("bfloat16", "float16"):
         yield Mistake(
             ("training", "save_dtype"),
             f"{recipe.training.save_dtype} would round away what an adapter with init_lora_weights: {kind} learns: "

@@ -191,6 +191,11 @@ class LoraSection(Section):
         LoftQSection(), description="of init_lora_weights: loftq; for a base that is not quantized already"
     )
 
+    @property
+    def is_loftq(self) -> bool:
+        """Whether the run quantizes the base itself, when it begins."""
+        return self.init_lora_weights == "loftq"
+
 
 class TrainingSection(Section):
     """The training run."""

@@ -212,6 +212,6 @@ def test_rounding_to_the_wider_type_first_is_not_the_same():
 
 def test_the_rule_names_the_initialisations_that_need_a_dense_base():
     names = [*INITIALISATIONS, "pissa_niter_4"]
-    assert {name for name in names if kind_of(name).needs_dense_base} == {
+    assert {name for name in names if kind_of(name).has_start} == {
         name for name in names if name.startswith(STARTS_FROM_WEIGHTS)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.commands.memory import MemoryPlanner
+from lora_cli.commands.output import adapter_config
 from lora_cli.commands.plan import make_plan
 from lora_cli.commands.train import build_model
+from lora_cli.errors import UsageError
 from lora_cli.recipe import load_recipe
 from lora_cli.weights import packed_weights
 from tests.commands.test_resume import BUSY, result_of, run, stop_after
@@ -369,3 +372,26 @@ def test_disk_counts_the_backbone_as_it_is_packed(loftq, lora, tmp_path):
     plain = lora("check", loftq(4, lora={"r": 4}, output_dir=str(tmp_path / "x")), "--json").json["disk_bytes"]
     written = sum(path.stat().st_size for path in (tmp_path / "run" / "backbone").glob("*.safetensors"))
     assert 0.9 * written < asked[4] - plain < 1.3 * written
+
+
+def test_the_backbones_tokenizer_is_loaded_as_the_runs_is_and_before_anything_is_quantized(loftq, lora, monkeypatch):
+    asked = []
+
+    def load(section, *, remote_code=False):
+        asked.append(remote_code)
+        raise UsageError("no tokenizer")
+
+    monkeypatch.setattr("lora_cli.commands.base.load_tokenizer", load)
+    monkeypatch.setattr("lora_cli.adapters.backbone.decompose", None)
+    assert lora("train", loftq(), "--trust-remote-code").err.startswith("error: no tokenizer")
+    assert asked == [True]
+
+
+def test_a_revision_is_the_full_bases_and_not_the_backbones(loftq):
+    plan = make_plan(load_recipe(loftq()))
+    folder = replace(plan.model.folder, commit="abc")
+    known = replace(plan, model=replace(plan.model, folder=folder))
+    assert adapter_config(known, known.model.skeleton, base="x")["revision"] is None
+    plain = make_plan(load_recipe(loftq(lora={"r": 4})))
+    plain = replace(plain, model=replace(plain.model, folder=folder))
+    assert adapter_config(plain, plain.model.skeleton, base="x")["revision"] == "abc"

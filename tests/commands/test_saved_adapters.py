@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lora_cli.adapters import files
 from lora_cli.adapters.files import save_adapter
-from lora_cli.adapters.spectrum import MOST_LOST, rounding_loss
+from lora_cli.adapters.spectrum import MOST_LOST, changes_nothing, rounding_loss
 from lora_cli.commands.output import check_trained
 from lora_cli.errors import StorageError
 from tests.commands.test_resume import run
@@ -89,8 +89,9 @@ def test_a_beginning_without_a_step_changes_nothing(beginning, recipe, monkeypat
 
 
 @pytest.mark.parametrize("beginning", [True, "orthogonal", "pissa", "olora"])
-def test_the_smallest_step_changes_something(beginning, recipe):
+def test_the_smallest_step_changes_something(beginning, recipe, tmp_path):
     run(recipe(**{"lora.init_lora_weights": beginning, "training.max_steps": 1, "training.learning_rate": 1e-5}))
+    assert not changes_nothing(files.read_adapter(tmp_path / "run" / "adapter").updates)
 
 
 def test_what_rounding_would_take_is_not_rounded(recipe, model_folder, tmp_path, lora):
