@@ -23,6 +23,7 @@ from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
 from lora_cli.ops.cross_entropy import positions_at_a_time
+from lora_cli.ops.tiles import kept_probabilities
 from lora_cli.recipe.rules import is_quantized
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
@@ -162,8 +163,10 @@ class MemoryPlanner:
         return self._guess(batch, bool(self.plan.recipe.training.gradient_checkpointing))
 
     def _guess(self, rows: list[Example], checkpointing: bool) -> StepBytes:
-        tokens = tokens_of(rows, self.network.layout)
-        return guess_step(self.model, tokens, self.plan.dtype.itemsize, checkpointing)
+        tokens, layout = tokens_of(rows, self.network.layout), self.network.layout
+        in_tiles = layout.end_to_end and self.plan.device.type == "cpu"
+        probabilities = kept_probabilities([len(row.input_ids) for row in rows]) if in_tiles else 0
+        return guess_step(self.model, tokens, probabilities, self.plan.dtype.itemsize, checkpointing)
 
     def _evaluation(self, steps: StepPlan) -> int:
         if not self.plan.dataset.eval:

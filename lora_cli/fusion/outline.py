@@ -26,7 +26,7 @@ from lora_cli.fusion.forms import Calls, adopt, forms_of
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, probe_examples, why_not_end_to_end
 from lora_cli.ops.cross_entropy import Head
-from lora_cli.ops.rows import Group, Rows
+from lora_cli.ops.rows import Rows, SomePiece
 
 META = torch.device("meta")
 
@@ -35,7 +35,7 @@ META = torch.device("meta")
 class OutlinedRows(Rows):
     """Rows without tokens, on their way through the attention of the device that they stand for.
 
-    What is done group by group and leaves nothing behind is done for the largest, which needs most.
+    What is done piece by piece is done for the largest, which needs most.
     """
 
     sights: dict[Any, Any] = field(default_factory=dict)
@@ -43,8 +43,8 @@ class OutlinedRows(Rows):
     def observe(self, module: object, sight: object) -> None:
         self.sights[module] = sight
 
-    def in_turn(self, groups: list[Group]) -> list[Group]:
-        return [max(groups, key=lambda group: group[0].stop - group[0].start)]  # type: ignore[index]
+    def in_turn(self, pieces: list[SomePiece]) -> list[SomePiece]:
+        return [max(pieces, key=lambda piece: piece.num_scores)]
 
     def to(self, device: torch.device) -> Rows:
         return self

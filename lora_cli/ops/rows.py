@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Group = TypeVar("Group")
+
+class Piece(Protocol):
+    """Of the work among rows."""
+
+    @property
+    def num_scores(self) -> int: ...
+
+
+SomePiece = TypeVar("SomePiece", bound=Piece)
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,9 @@ class Rows:
         """The keys that each row sees, among those of ``key_places``."""
         return _slices(self.key_lengths)
 
-    def in_turn(self, groups: list[Group]) -> list[Group]:
-        """Work that leaves nothing behind, for each group of rows."""
-        return groups
+    def in_turn(self, pieces: list[SomePiece]) -> list[SomePiece]:
+        """Work that is done one piece after the other, and needs no more memory than the largest."""
+        return pieces
 
     def positions(self) -> Tensor:
         """(N,) int64: each token's place in its own row."""

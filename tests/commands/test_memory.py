@@ -10,6 +10,9 @@ import torch
 
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
+from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import Sight
+from lora_cli.ops.tiles import tiling_of
 from lora_cli.recipe import load_recipe
 from tests.conftest import labelled_rows, write_jsonl
 
@@ -18,6 +21,7 @@ HIDDEN, INNER, VALUES, LAYERS, VOCABULARY, R = 32, 48, 16, 2, 320, 4
 SHAPES = [(32, 32), (32, VALUES), (32, VALUES), (32, 32), (32, 48), (32, 48), (48, 32)]
 ADAPTERS = LAYERS * sum(R * (i + o) for i, o in SHAPES)
 FROZEN = LAYERS * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN) + VOCABULARY * HIDDEN + HIDDEN
+QUERY, KEY = torch.empty(1, 4, 8), torch.empty(1, 2, 8)
 BUFFERS = 2 * 4 * 4  # the rotary frequencies, and those they began as
 
 
@@ -58,7 +62,10 @@ def test_activations_of_a_fused_llama_by_hand(recipe):
     rows = found.plan.steps.largest_micro_batch(found.plan.dataset.train, 4, found.network.layout)
     head = sum(row.num_targets for row in rows) * HIDDEN
     matrices = LAYERS * R * (3 * 32 + 2 * 32 + 32 + 2 * 16 + 32 + 2 * 48 + 32)  # A stacked, B scaled
-    assert plan.activations == pytest.approx(4 * (n * (LAYERS * layer + ends) + head + matrices), rel=0.03)
+    tiling = tiling_of(Rows.of([len(row.input_ids) for row in rows]), QUERY.expand(n, -1, -1), KEY, Sight(8**-0.5))
+    probabilities = LAYERS * sum(tile.num_scores for tile in tiling.tiles)
+    floats = n * (LAYERS * layer + ends) + head + matrices + probabilities
+    assert plan.activations == pytest.approx(4 * floats, rel=0.03)
 
 
 def test_logits_are_a_chunk_or_all_of_them(recipe):

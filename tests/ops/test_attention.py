@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.ops import attention, blocked_attention
+from lora_cli.ops import attention, blocked_attention, tiles
 from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import Sight
+from lora_cli.ops.tiles import MOST_SCORES, Tiling, tiling_of
 
 LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
 HEADS, KV_HEADS, SIZE = 6, 2, 16
@@ -138,15 +139,59 @@ def test_no_row_sees_another_bit_for_bit():
     assert not torch.equal(before[5:75], after[5:75])
 
 
-def test_short_rows_are_computed_together_and_windows_to_both_sides_alone():
-    lengths = tuple(LENGTHS)
-    together = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3))
-    assert [group.lengths for _, _, group in together] == [(5,), (70,), (1, 3), (130,), (33, 40)]
-    assert [some.stop for some, _, _ in together] == [5, 75, 79, 209, 282]
-    alone = blocked_attention._groups(lengths, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3, causal=False, window=4))
-    assert [group.lengths for _, _, group in alone] == [(length,) for length in lengths]
-    many = blocked_attention._groups((60,) * 40, 0, HEADS, KV_HEADS, torch.float32, Sight(0.3))
-    assert max(len(group.lengths) for _, _, group in many) == 2**19 // (HEADS * 64 * 64)
+def tiling(lengths: list[int], sight: Sight, dtype: torch.dtype = torch.float32, prefix: int = 0) -> Tiling:
+    rows = Rows.of(lengths, prefix=prefix)
+    query, key = (torch.empty(n, heads, SIZE, dtype=dtype) for n, heads in ((sum(lengths), HEADS), (9, KV_HEADS)))
+    return tiling_of(rows, query, key, sight)
+
+
+def shapes(found: Tiling) -> list[tuple[int, int, int]]:
+    """(rows, queries of a row, keys) of each tile"""
+    sizes = [(tile, tile.queries.stop - tile.queries.start) for tile in found.tiles]
+    return [(t.matrices // KV_HEADS, size // t.matrices * KV_HEADS // HEADS, t.keys.stop) for t, size in sizes]
+
+
+def test_stretches_alike_of_several_rows_are_one_tile():
+    found = shapes(tiling([100, 90, 64, 96], Sight(0.3)))
+    assert found == [(4, 32, 32), (4, 32, 64), (3, 32, 96), (1, 32, 128)]
+    assert shapes(tiling([100, 90, 64, 96], Sight(0.3, causal=False))) == [(1, 128, 128), (2, 96, 96), (1, 64, 64)]
+
+
+def test_rows_of_another_length_or_behind_a_prefix_have_tiles_of_their_own():
+    assert shapes(tiling([500, 60], Sight(0.3)))[-1] == (1, 64, 64)
+    assert shapes(tiling([40, 30, 31], Sight(0.3), prefix=40)) == [(1, 64, 64), (2, 32, 96)]
+
+
+def test_more_queries_make_a_tile_where_each_costs_little():
+    """Fewer tiles for short rows, fewer hidden scores for long ones."""
+    assert {size for _, size, _ in shapes(tiling([64] * 2, Sight(0.3)))} == {64}
+    assert {size for _, size, _ in shapes(tiling([512] * 8, Sight(0.3)))} == {32}
+    assert {size for _, size, _ in shapes(tiling([256], Sight(0.3), torch.bfloat16))} == {128}
+
+
+def test_a_tile_of_several_rows_is_bounded():
+    tiles = tiling([512] * 40, Sight(0.3)).tiles
+    assert max(tile.num_scores for tile in tiles) <= MOST_SCORES
+    (widest,) = tiling([2**17], Sight(0.3)).tiles[-1:]
+    assert widest.num_scores > MOST_SCORES and widest.matrices == KV_HEADS, "one row is never refused"
+
+
+@pytest.mark.parametrize("prefix", [0, 37])
+def test_every_token_has_one_place_and_padding_repeats_its_row_s_last(prefix):
+    lengths = [37, 5, 70, 1, 3]
+    found = tiling(lengths, Sight(0.3), prefix=prefix)
+    x = torch.arange(sum(lengths) * HEADS * SIZE, dtype=torch.float32).view(-1, HEADS, SIZE)
+    filled = found.queries.fill(x, HEADS // KV_HEADS)
+    assert torch.equal(found.queries.empty(filled, HEADS), x)
+    zeroed = found.queries.fill_with_zeros(x + 1, HEADS // KV_HEADS)
+    assert float(zeroed.sum(dtype=torch.float64)) == float((x + 1).sum(dtype=torch.float64))
+    ends = {end - 1 for end in itertools.accumulate(lengths)}
+    assert set((found.queries.tokens[found.queries.padding] // KV_HEADS).tolist()) <= ends
+
+
+def keep_up_to(num_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "KEPT_KEYS", num_keys)
+    tiles.forget_tilings()
 
 
 @pytest.mark.parametrize("sight", SIGHTS, ids=str)
@@ -154,18 +199,17 @@ def test_probabilities_kept_or_made_again_are_the_same_bits(sight, monkeypatch):
     inputs, gradient = draw(torch.bfloat16)
     rows = Rows.of(LENGTHS)
     found = {}
-    for kept_keys in (0, 64, 512):  # of none, of some and of all rows
-        monkeypatch.setattr(blocked_attention, "KEPT_KEYS", kept_keys)
+    for kept_keys in (0, 512):  # of no row, of all
+        keep_up_to(kept_keys, monkeypatch)
         found[kept_keys] = output_and_gradients(inputs, gradient, lambda q, k, v: attend_rows(q, k, v, rows, sight))
-    for kept_keys in (64, 512):
-        assert all(torch.equal(one, other) for one, other in zip(found[0], found[kept_keys], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found[0], found[512], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept_keys", [0, 512])
 @pytest.mark.parametrize("prefix", [0, PREFIX])
 def test_what_is_kept_are_the_probabilities_of_short_rows(prefix, kept_keys, dtype, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "KEPT_KEYS", kept_keys)
+    keep_up_to(kept_keys, monkeypatch)
     rows = Rows.of([PREFIX, *OWN], prefix=PREFIX) if prefix else Rows.of(OWN)
     (q, k, v), _ = draw(dtype, list(rows.lengths))
     k, v = k[rows.key_places], v[rows.key_places]
@@ -173,30 +217,26 @@ def test_what_is_kept_are_the_probabilities_of_short_rows(prefix, kept_keys, dty
     inputs = [t.requires_grad_() for t in (q, k, v)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         blocked_attention.attend_in_blocks(*inputs, rows, Sight(0.3))
-    groups = blocked_attention._groups(rows.lengths, rows.prefix, HEADS, KV_HEADS, dtype, Sight(0.3))
-    expected = sum(group.num_probabilities for *_, group in groups) if kept_keys and dtype.itemsize == 2 else 0
+    expected = sum(tile.num_scores for tile in tiling_of(rows, q, k, Sight(0.3)).tiles) if kept_keys else 0
     assert sum(kept) - sum(t.numel() for t in inputs) == expected
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(-1) or t, lambda t: t):
         blocked_attention.attend_in_blocks(*inputs, rows, Sight(0.3))
     assert -1 not in kept, "an evaluation keeps nothing"
 
 
-@pytest.mark.parametrize("kv_heads", [1, 3])
-def test_an_odd_number_of_products_is_cut_in_two_parts(kv_heads, monkeypatch):
-    """The same numbers in another order of queries; neither more nor less exact."""
-    q, gradient = (
-        torch.randn(100, 6 if kv_heads == 3 else 4, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
-    )
-    k, v = (torch.randn(100, kv_heads, 16, generator=torch.Generator().manual_seed(s)) for s in (2, 3))
-    found = []
-    for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        blocked_attention._groups.cache_clear()
-        groups = blocked_attention._groups((100,), 0, q.shape[1], kv_heads, torch.float32, Sight(0.25))
-        assert [group.parts for *_, group in groups] == [threads]
-        found.append(output_and_gradients([q, k, v], gradient, lambda *t: attend_rows(*t, Rows.of([100]), Sight(0.25))))
-    blocked_attention._groups.cache_clear()
-    assert relative(found[1], found[0]) < 1e-6
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_thread_has_a_part_in_an_odd_number_of_products(count, threads, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cut_up: list[int] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **out: cut_up.append(1) or mm(*args, **out))
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(count, *size, generator=generator).to(dtype) for size in ((5, 7), (7, 3)))
+    found = blocked_attention._product(a, b)
+    assert relative([found], [a.double() @ b.double()]) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert len(cut_up) == int(count % 2 == 1 and threads == 2 and dtype == torch.float32)
 
 
 def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():

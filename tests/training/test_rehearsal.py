@@ -132,8 +132,8 @@ def test_both_judge_a_model_alike():
 
 
 def test_an_unfused_model_is_seen_to_keep_more():
-    """The control: an account that did not follow the code would not notice."""
-    assert plan_of("llama", rehearsed("llama", fused=False)).kept > 1.3 * plan_of("llama", rehearsed("llama")).kept
+    """The control: an account that did not follow the code would not notice. Attention keeps the same in both."""
+    assert plan_of("llama", rehearsed("llama", fused=False)).kept > 1.2 * plan_of("llama", rehearsed("llama")).kept
 
 
 def test_checkpointing_keeps_less_and_computes_no_less():

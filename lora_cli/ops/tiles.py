@@ -1,0 +1,295 @@
+"""Which queries meet which keys in one product: rows cut into stretches, and stretches alike put together.
+
+A tile holds a stretch of queries of each of some rows, all of which look at the same stretch of keys of their own row.
+Rows of like length lie side by side, so that most tiles hold many of them: a few large products instead of many
+small ones.
+
+Shape suffixes: N queries and M keys of all rows, H query heads, K key-value heads, G = H / K, D head size; R rows of a
+tile, S = R K its matrices, Q queries of a row (of S: times G), T keys; L queries and F keys of all tiles, with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import INFINITE, Sight
+
+MULTIPLE = 32  # lengths are padded to this: products of odd sizes take up to twice as long
+QUERIES = (32, 64, 128)  # of a row in a tile: the fewer, the less is computed to be hidden; the more, the fewer tiles
+TILE_PRICE = {2: 50_000, 4: 25_000, 8: 15_000}  # scores made in the time that a tile takes beside them, by item size
+MOST_SCORES = 2**21  # of a tile of several rows
+LIKE = 4  # rows share a padded length down to a fourth of the longest
+KEPT_KEYS = 512  # a row is short with at most as many
+
+
+@dataclass(frozen=True)
+class Tile:
+    queries: slice  # of L
+    all_keys: slice  # of F: every key of its rows
+    matrices: int  # S
+    keys: slice  # T, among each row's keys
+    bias: Tensor | None  # (1 or R, 1, Q, 1, the last of T): minus infinity where a query does not see a key
+    short: bool  # as all of its rows
+
+    @property
+    def num_scores(self) -> int:
+        return (self.queries.stop - self.queries.start) * (self.keys.stop - self.keys.start)
+
+    def of_queries(self, x_LD: Tensor) -> Tensor:
+        """(S, Q, D), a view."""
+        return x_LD[self.queries].view(self.matrices, -1, x_LD.shape[1])
+
+    def of_keys(self, x_FD: Tensor) -> Tensor:
+        """(S, T, D), a view."""
+        return x_FD[self.all_keys].view(self.matrices, -1, x_FD.shape[1])[:, self.keys]
+
+    def hide(self, scores_SQT: Tensor) -> None:
+        """Mask in place."""
+        if self.bias is not None:
+            rows, _, queries, _, keys = self.bias.shape
+            scores_RKQGT = scores_SQT.view(rows, -1, queries, scores_SQT.shape[1] // queries, scores_SQT.shape[2])
+            scores_RKQGT[..., -keys:].add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens lie in tiles: heads before tokens, each row padded with repetitions of its last one."""
+
+    tokens: Tensor  # (L / G,) or (F,) int64, among N K or M K: what lies there
+    padding: Tensor  # int64: where nothing new does
+    back: Tensor  # (N K,) or (M K,) int64: where each one lies
+
+    def fill(self, x: Tensor, per_head: int) -> Tensor:
+        """(N, heads, D) -> (L or F, D), with ``per_head`` heads to a key-value head."""
+        size = x.shape[-1]
+        return x.reshape(-1, per_head * size).index_select(0, self.tokens).view(-1, size)
+
+    def fill_with_zeros(self, x: Tensor, per_head: int) -> Tensor:
+        """The same, but padding is zero: a gradient counts once."""
+        filled = self.fill(x, per_head)
+        filled.view(len(self.tokens), -1).index_fill_(0, self.padding, 0)
+        return filled
+
+    def empty(self, filled: Tensor, heads: int) -> Tensor:
+        """The inverse of ``fill``: (N, heads, D)."""
+        x = filled.view(len(self.tokens), -1).index_select(0, self.back)
+        return x.view(-1, heads, filled.shape[-1])
+
+
+@dataclass(frozen=True)
+class Tiling:
+    tiles: list[Tile]
+    queries: Places
+    keys: Places
+
+
+def tiling_of(rows: Rows, query_NHD: Tensor, key_MKD: Tensor, sight: Sight) -> Tiling:
+    heads, kv_heads = query_NHD.shape[1], key_MKD.shape[1]
+    price = TILE_PRICE[query_NHD.dtype.itemsize] // heads
+    return _tiling(rows.lengths, rows.prefix, heads, kv_heads, price, sight, query_NHD.device)
+
+
+def kept_probabilities(lengths: list[int]) -> int:
+    """About how many each head keeps of a causal batch: half of every short row's square, and some that are hidden."""
+    return sum(length * (length + MULTIPLE) // 2 for length in lengths if length <= KEPT_KEYS)
+
+
+@dataclass(frozen=True)
+class _Row:
+    begin: int  # its first query, among N
+    length: int
+    first_key: int  # among M
+    num_keys: int  # those of a shared prefix come before its own
+
+    @property
+    def offset(self) -> int:
+        return self.num_keys - self.length
+
+
+class _Stretch(NamedTuple):
+    """Of a row, padding included: queries by their places in what is its own, keys by theirs in all that it sees."""
+
+    first_query: int
+    end_query: int
+    first_key: int
+    end_key: int
+
+    @property
+    def num_queries(self) -> int:
+        return self.end_query - self.first_query
+
+    @property
+    def num_scores(self) -> int:
+        return self.num_queries * (self.end_key - self.first_key)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A tile before it has a place: the same stretch of neighbours in a group."""
+
+    group: int
+    first: int  # of the group's rows
+    rows: list[_Row]
+    stretch: _Stretch
+
+
+@lru_cache(maxsize=8)  # the same in every layer
+def _tiling(
+    lengths: tuple[int, ...], prefix: int, heads: int, kv_heads: int, price: int, sight: Sight, device: torch.device
+) -> Tiling:
+    groups = _groups(_rows(lengths, prefix))
+    cuts = ([*_stacks(groups, sight, heads, size)] for size in QUERIES)
+    stacks = min(cuts, key=lambda cut: sum(price + len(stack.rows) * stack.stretch.num_scores for stack in cut))
+    widths = [kv_heads * _padded(group[0].num_keys) for group in groups]
+    starts = [0, *accumulate(len(group) * width for group, width in zip(groups, widths, strict=True))]
+    tiles, end = [], 0
+    for stack in stacks:
+        start, rows, stretch = end, len(stack.rows), stack.stretch
+        end += rows * heads * stretch.num_queries
+        first_key = starts[stack.group] + stack.first * widths[stack.group]
+        all_keys = slice(first_key, first_key + rows * widths[stack.group])
+        bias = _bias_of(stack, sight, device)
+        keys, short = slice(stretch.first_key, stretch.end_key), groups[stack.group][0].num_keys <= KEPT_KEYS
+        tiles.append(Tile(slice(start, end), all_keys, rows * kv_heads, keys, bias, short))
+    of_queries = [_Block.of_queries(stack) for stack in stacks]
+    of_keys = [_Block.of_keys(group) for group in groups]
+    return Tiling(tiles, *(_places(blocks, kv_heads, device) for blocks in (of_queries, of_keys)))
+
+
+def forget_tilings() -> None:
+    """As in a process that has attended to nothing yet."""
+    _tiling.cache_clear()
+    _bias.cache_clear()
+
+
+def _rows(lengths: tuple[int, ...], prefix: int) -> list[_Row]:
+    counts = [lengths[0], *(prefix + length for length in lengths[1:])]
+    begins, first_keys = (accumulate(numbers, initial=0) for numbers in (lengths, counts))
+    return [_Row(*row) for row in zip(begins, lengths, first_keys, counts, strict=False)]
+
+
+def _groups(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows of like length, the longest first."""
+    groups: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: (row.offset, -row.length)):
+        if groups and _alike(groups[-1][0], row):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _alike(longest: _Row, row: _Row) -> bool:
+    equally_short = (longest.num_keys <= KEPT_KEYS) == (row.num_keys <= KEPT_KEYS)
+    return equally_short and row.offset == longest.offset and row.num_keys * LIKE >= longest.num_keys
+
+
+def _stacks(groups: list[list[_Row]], sight: Sight, heads: int, size: int) -> Iterator[_Stack]:
+    """Every stretch of every row, those that are equal in a group together.
+
+    The rows that have a stretch are neighbours, as longer rows have all that shorter ones have but for their ends.
+    """
+    for number, group in enumerate(groups):
+        rows_of: dict[_Stretch, list[int]] = {}
+        for place, row in enumerate(group):
+            for stretch in _stretches(_padded(row.length), _padded(row.num_keys), row.offset, sight, size):
+                rows_of.setdefault(stretch, []).append(place)
+        for stretch, places in rows_of.items():
+            most = max(1, MOST_SCORES // (heads * stretch.num_scores))
+            for first in range(places[0], places[-1] + 1, most):
+                yield _Stack(number, first, group[first : min(first + most, places[-1] + 1)], stretch)
+
+
+@lru_cache(maxsize=1024)
+def _stretches(queries: int, keys: int, offset: int, sight: Sight, size: int) -> tuple[_Stretch, ...]:
+    """Of a row with so many of both, padding included."""
+    found = []
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        seen = sight.keys_of(slice(offset + start, offset + end), keys)
+        first_key, end_key = seen.start // MULTIPLE * MULTIPLE, min(keys, _padded(seen.stop))
+        found.append(_Stretch(start, end, first_key, end_key))
+    return tuple(found)
+
+
+def _padded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The same places of some rows, which may reach beyond a row's end."""
+
+    begins: list[int]  # the row's first token
+    lengths: list[int]
+    first: int
+    end: int
+
+    @staticmethod
+    def of_queries(stack: _Stack) -> _Block:
+        begins, lengths = [row.begin for row in stack.rows], [row.length for row in stack.rows]
+        return _Block(begins, lengths, stack.stretch.first_query, stack.stretch.end_query)
+
+    @staticmethod
+    def of_keys(group: list[_Row]) -> _Block:
+        begins, lengths = [row.first_key for row in group], [row.num_keys for row in group]
+        return _Block(begins, lengths, 0, _padded(lengths[0]))
+
+
+def _places(blocks: list[_Block], kv_heads: int, device: torch.device) -> Places:
+    """Inside a block rows come before heads, and heads before the row's places."""
+    heads_K1 = np.arange(kv_heads)[:, None]
+    tokens, real = [], []
+    for block in blocks:
+        begins_R1, lengths_R1 = np.array(block.begins)[:, None], np.array(block.lengths)[:, None]
+        place_T = np.arange(block.first, block.end)
+        token_RT = begins_R1 + np.minimum(place_T, lengths_R1 - 1)
+        token_RKT = token_RT[:, None] * kv_heads + heads_K1
+        tokens.append(token_RKT.ravel())
+        real.append(np.broadcast_to((place_T < lengths_R1)[:, None], token_RKT.shape).ravel())
+    all_tokens, is_real = np.concatenate(tokens), np.concatenate(real)
+    lies_at = np.flatnonzero(is_real)
+    back = np.empty_like(lies_at)
+    back[all_tokens[lies_at]] = lies_at
+    tables = (all_tokens, np.flatnonzero(~is_real), back)
+    return Places(*(torch.from_numpy(table).to(device) for table in tables))
+
+
+def _bias_of(stack: _Stack, sight: Sight, device: torch.device) -> Tensor | None:
+    offset, stretch = stack.rows[0].offset, stack.stretch
+    first, last = offset + stretch.first_query, offset + stretch.end_query
+    plain = sight.causal and sight.window is None
+    # of a plain stretch only its own columns differ, and alike in every one
+    start = min(first, stretch.end_key) if plain else stretch.first_key
+    # there, padding is hidden from all before it, and sees something itself
+    ends = None if plain else tuple(row.num_keys - start for row in stack.rows)
+    return _bias(sight, first - start, last - start, stretch.end_key - start, ends, device)
+
+
+@lru_cache(maxsize=64)  # the same few in every layer
+def _bias(
+    sight: Sight, first: int, last: int, keys: int, ends: tuple[int, ...] | None, device: torch.device
+) -> Tensor | None:
+    """(1 or R, 1, Q, 1, keys): minus infinity where a query does not see a key, or it is padding; None if nowhere."""
+    hidden = sight.hidden(slice(first, last), slice(0, keys), device)
+    if ends is not None and min(ends) < keys:
+        ends_R11 = torch.tensor(ends, device=device)[:, None, None]
+        padding_RQT = (torch.arange(keys, device=device) >= ends_R11).expand(-1, last - first, -1)
+        hidden_RQT = padding_RQT if hidden is None else padding_RQT | hidden
+        # padding among the queries sees all: without anything to see, it would be NaN
+        hidden_RQT = hidden_RQT & (torch.arange(first, last, device=device)[:, None] < ends_R11)
+    elif hidden is not None:
+        hidden_RQT = hidden[None]
+    else:
+        return None
+    bias_RQT = torch.zeros(hidden_RQT.shape, device=device).masked_fill_(hidden_RQT, INFINITE)
+    return bias_RQT[:, None, :, None]
