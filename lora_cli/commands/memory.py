@@ -23,7 +23,7 @@ from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
 from lora_cli.ops.cross_entropy import positions_at_a_time
-from lora_cli.ops.tiles import kept_probabilities
+from lora_cli.ops.tiles import forget_tilings, kept_probabilities
 from lora_cli.recipe.rules import is_quantized
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
@@ -120,6 +120,7 @@ class MemoryPlanner:
 
     def memory(self, steps: StepPlan | None = None) -> MemoryPlan:
         """What the run takes with its steps cut like this."""
+        forget_tilings()  # the run makes them, whatever this process has planned before
         steps = steps or self.plan.steps
         batch = steps.largest_micro_batch(self.plan.dataset.train, self.plan.total_steps, self.network.layout)
         step = self._step(batch)

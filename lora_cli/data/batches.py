@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_cli.data.encoding import Example
 from lora_cli.distributed import ALONE, World
-from lora_cli.ops.rows import Rows
+from lora_cli.ops.rows import Ending, Rows
 from lora_cli.seeds import stream
 
 
@@ -35,6 +35,7 @@ class Layout:
     end_to_end: bool = False
     multiple: int = 1
     share: int = 0  # a prefix that all rows begin with is computed once if that spares so many tokens; 0: never
+    looks_at: str | None = None  # behind the last layer: each row's "targets", "first" or "last" token; None: at all
 
     def filling(self, tokens: int) -> int:
         """How many tokens of padding a line of so many real ones gets: a tenth at most."""
@@ -42,6 +43,7 @@ class Layout:
 
 
 PADDED = Layout()
+LEAST_SPARED = 0.1  # of a line's tokens: a layer that ends early is begun twice
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Batch:
     where: list[str]
     num_targets: int
     examples: list[Example]  # the rows themselves
+    ending: Ending | None = None  # of a line: what is looked at behind the last layer, where it is not everything
 
     def __post_init__(self) -> None:
         assert tuple(self.input_ids.shape) in ((1, self.rows.num_tokens), (len(self.where), self.rows.longest))
@@ -97,6 +100,7 @@ class Batch:
             targets=moved(self.targets),
             target_rows=moved(self.target_rows),
             labels=None if self.labels is None else moved(self.labels),
+            ending=None if self.ending is None else self.ending.to(device),
         )
 
 
@@ -118,9 +122,10 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
     lengths = [*([prefix] if prefix else []), *lengths, *([filling] if filling else [])]
     counts = torch.tensor([len(found) for found in places])
     labels = None if examples[0].label is None else torch.tensor([example.label for example in examples])
+    rows = Rows.of(lengths, prefix=prefix, filled=filling > 0)
     return Batch(
         torch.from_numpy(ids.reshape(1 if layout.end_to_end else len(examples), -1)),
-        Rows.of(lengths, prefix=prefix, filled=filling > 0),
+        rows,
         torch.from_numpy(np.concatenate(places)),
         torch.from_numpy(np.concatenate(targets)),
         torch.repeat_interleave(torch.arange(len(examples)), counts),
@@ -128,7 +133,41 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
         [example.where for example in examples],
         sum(example.num_targets for example in examples),
         examples,
+        _ending(rows, places, layout) if layout.looks_at is not None else None,
     )
+
+
+def _ending(rows: Rows, places: list[np.ndarray], layout: Layout) -> Ending | None:
+    """What is looked at of each row: from its first target on, or one token. None where that spares too little.
+
+    Of rows that nothing is read of it is their last token: a row is never empty.
+    """
+    begins, own = [row.start for row in rows.slices()], slice(int(rows.prefix > 0), int(rows.prefix > 0) + len(places))
+    starts = [length - 1 for length in rows.lengths]
+    if layout.looks_at == "first":
+        starts[own] = [0] * len(places)
+    if layout.looks_at == "targets":
+        found = zip(places, begins[own], starts[own], strict=True)
+        starts[own] = [int(some[0]) - begin if len(some) else start for some, begin, start in found]
+        wanted = np.concatenate(places)
+    else:
+        wanted = np.array(begins[own]) + np.array(starts[own])
+    one = layout.looks_at == "first"
+    counts = [1 if one else length - start for length, start in zip(rows.lengths, starts, strict=True)]
+    _fill_up(starts, counts, rows.lengths, layout.filling(sum(counts)))
+    if sum(counts) > (1 - LEAST_SPARED) * rows.num_tokens:
+        return None
+    return Ending.of(rows, starts, counts, torch.from_numpy(wanted))
+
+
+def _fill_up(starts: list[int], counts: list[int], lengths: tuple[int, ...], missing: int) -> None:
+    """Let so many more tokens be looked at, in place: ahead of a row's stretch, or else behind it."""
+    for number, length in enumerate(lengths):
+        before = min(missing, starts[number])
+        behind = min(missing - before, length - starts[number] - counts[number])
+        starts[number] -= before
+        counts[number] += before + behind
+        missing -= before + behind
 
 
 def shared_prefix(examples: list[Example], least: int) -> int:

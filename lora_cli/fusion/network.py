@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lora_cli.data.batches import PADDED, Batch, Layout
 from lora_cli.fusion.attention import ROWS_KEYWORD
 from lora_cli.fusion.frozen import FrozenLayers
 from lora_cli.ops.cross_entropy import Head
-from lora_cli.ops.rows import pad_rows
+from lora_cli.ops.rows import Ending, pad_rows
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,22 @@ class Network:
     def end_to_end(self) -> bool:
         return self.layout.end_to_end
 
-    def _run(self, module: nn.Module, batch: Batch, **more: Any) -> Any:
-        """The model or its base on a batch; frozen layers only where a row is new to them."""
+    def _run(self, module: nn.Module, batch: Batch, *, to_the_end: bool = True, **more: Any) -> Any:
+        """The model or its base on a batch; frozen layers only where a row is new to them.
+
+        Not ``to_the_end``, only the batch's ending leaves the last layer.
+        """
+        inputs = self.inputs(batch)
+        if not to_the_end:
+            inputs[ROWS_KEYWORD] = replace(batch.rows, ending=batch.ending)
         if self.frozen is None:
-            return module(**self._inputs(batch), **more)
+            return module(**inputs, **more)
         with self.frozen.skipped(batch, self.base_output):
-            return module(**self._inputs(batch), **more)
+            return module(**inputs, **more)
 
     def base_output(self, batch: Batch) -> Any:
         """What the base gives, all of its layers run."""
-        return self.model.base_model(**self._inputs(batch))
+        return self.model.base_model(**self.inputs(batch))
 
     def hidden(self, batch: Batch) -> Tensor:
         """The base's last hidden states, (B, T, D) or (1, N, D)."""
@@ -57,7 +63,13 @@ class Network:
 
     def supervised_hidden(self, batch: Batch) -> Tensor:
         """(M, D): the states that the targets are predicted from."""
+        if batch.ending is not None:
+            return self._looked_at(batch, batch.ending)
         return self.hidden(batch).flatten(0, 1).index_select(0, batch.places)
+
+    def _looked_at(self, batch: Batch, ending: Ending) -> Tensor:
+        hidden_1ED = self._run(self.model.base_model, batch, to_the_end=False).last_hidden_state
+        return hidden_1ED[0].index_select(0, ending.wanted)
 
     def supervised_logits(self, batch: Batch) -> Tensor:
         """(M, V) through the model's own head, which runs on no more positions than it must."""
@@ -75,13 +87,15 @@ class Network:
         Their own forward would look for the pad id instead, which fails where there is none and reads the
         wrong token where a text holds it.
         """
+        if hasattr(self.model, "score") and batch.ending is not None:
+            return self.model.score(self._looked_at(batch, batch.ending))
         if hasattr(self.model, "score"):
             hidden_MD = self.hidden(batch).flatten(0, 1)
             return self.model.score(hidden_MD.index_select(0, self._last_places(batch).to(hidden_MD.device)))
         if not self.end_to_end:
             return self._run(self.model, batch).logits
         with unpacked_for_head(self.model, batch):
-            return self._run(self.model, batch).logits
+            return self._run(self.model, batch, to_the_end=batch.ending is None).logits
 
     def _last_places(self, batch: Batch) -> Tensor:
         """(B,): where each row's last token is, counted through all of the batch."""
@@ -90,7 +104,8 @@ class Network:
             return lengths_B.cumsum(0) - 1
         return torch.arange(batch.num_rows) * batch.rows.longest + lengths_B - 1
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the base's forward is given."""
         device = batch.input_ids.device
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if self.end_to_end:
@@ -119,13 +134,19 @@ def takes_positions(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def unpacked_for_head(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
-    """While it lasts, what leaves the encoder is side by side again: heads look rows up by their numbers."""
+def unpacked_for_head(model: PreTrainedModel, batch: Batch, *, only_first: bool = False) -> Iterator[None]:
+    """While it lasts, what leaves the encoder is side by side again: heads look rows up by their numbers.
+
+    With ``only_first`` nothing but the first token of each row is to be seen.
+    """
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        output["last_hidden_state"] = pad_rows(output["last_hidden_state"][0], batch.rows, batch.num_rows)
+        output["last_hidden_state"] = pad_rows(output["last_hidden_state"][0], rows, batch.num_rows)
+        if only_first:
+            output["last_hidden_state"][:, 1:] = 0
         return output
 
+    rows = batch.rows if batch.ending is None else batch.ending.rows
     encoder = getattr(model.base_model, "encoder", model.base_model)  # ahead of the base's own pooler, if it has one
     handle = encoder.register_forward_hook(after)
     try:

@@ -22,11 +22,20 @@ from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.attention import ROWS
+from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, adopt, forms_of
 from lora_cli.fusion.network import Network, takes_positions
-from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, probe_examples, why_not_end_to_end
+from lora_cli.fusion.proof import (
+    LEAST_SHARED,
+    has_dropout,
+    layout_of,
+    looked_at,
+    only_its_last,
+    probe_examples,
+    why_not_end_to_end,
+)
 from lora_cli.ops.cross_entropy import Head
-from lora_cli.ops.rows import Rows, SomePiece
+from lora_cli.ops.rows import Ending, Rows, SomePiece
 
 META = torch.device("meta")
 
@@ -45,9 +54,6 @@ class OutlinedRows(Rows):
 
     def in_turn(self, pieces: list[SomePiece]) -> list[SomePiece]:
         return [max(pieces, key=lambda piece: piece.num_scores)]
-
-    def to(self, device: torch.device) -> Rows:
-        return self
 
 
 @contextmanager
@@ -103,20 +109,25 @@ def outline_batch(examples: list[Example], layout: Layout, stands_for: torch.dev
     """These rows as a batch of shapes. What the host looks at (places, whose target) stays on the host."""
     batch = collate(examples, 0, layout)
     known = batch.rows
-    tables = (tensor.to(META) for tensor in (known.bounds, known.key_bounds, known.key_places))
-    bounds, key_bounds, key_places = tables
-    rows = OutlinedRows(
-        known.lengths, bounds, known.prefix, known.filled, key_bounds, key_places, stands_for=stands_for.type
-    )
+    rows = OutlinedRows.of(
+        list(known.lengths), prefix=known.prefix, filled=known.filled, stands_for=stands_for.type
+    ).to(META)
     return replace(
         batch,
         input_ids=batch.input_ids.to(META),
         rows=rows,
+        ending=None if batch.ending is None else _outlined(batch.ending, rows, known),
         places=batch.places.to(META) if layout.end_to_end else batch.places,
         targets=batch.targets.to(META),
         target_rows=batch.target_rows.to(META) if layout.end_to_end else batch.target_rows,
         labels=None if batch.labels is None else batch.labels.to(META),
     )
+
+
+def _outlined(ending: Ending, rows: OutlinedRows, known: Rows) -> Ending:
+    starts = [here - there for here, there in zip(ending.rows.offsets, known.offsets, strict=True)]
+    part = rows.part(starts, list(ending.rows.lengths)).to(META)
+    return Ending(part, ending.places.to(META), ending.wanted.to(META))
 
 
 @torch.no_grad()
@@ -129,8 +140,26 @@ def outline_network(
         network = _end_to_end(network, task, device) or network
     if fused:
         _adopt_forms(network, task, device)
-        network = replace(network, head=_head(model, task))
+        network = replace(_ending(network, task, device), head=_head(model, task))
     return network
+
+
+def _ending(network: Network, task: str, device: torch.device) -> Network:
+    """The network whose last layer runs only where something is looked at, if it runs at all."""
+    layer = last_layer(network.model)
+    if not network.end_to_end or layer is None:
+        return network
+    looks_at = "targets" if task == "causal_lm" else "last" if hasattr(network.model, "score") else "first"
+    ending = replace(network, layout=replace(network.layout, looks_at=looks_at))
+    rows = [only_its_last(example) for example in probe_examples(network.model, task)]
+    shorten(layer)
+    try:
+        with on_paper(device):
+            looked_at(ending, outline_batch(rows, ending.layout, device), task)
+    except Exception:  # as in _end_to_end
+        lengthen(layer)
+        return network
+    return ending
 
 
 def _end_to_end(network: Network, task: str, device: torch.device) -> Network | None:

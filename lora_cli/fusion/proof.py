@@ -25,8 +25,9 @@ from lora_cli.data.encoding import Example
 from lora_cli.errors import UsageError
 from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.compilation import compile_layers
+from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, abandon, adopt, close
-from lora_cli.fusion.network import Network, takes_positions
+from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.rows import Rows
@@ -89,7 +90,8 @@ class _Prover:
         network, sights = self._end_to_end(plain, expected) if end_to_end else (plain, {})
         if fused:
             forms = self._adopt_forms(network, sights)
-            network = replace(network, forms=forms, head=self._head(network))
+            network = replace(network, forms=forms)
+            network = replace(self._ending(network), head=self._head(network))
         return replace(network, notes=tuple(self.notes))
 
     def _batch(self, network: Network, examples: list[Example]) -> Batch:
@@ -124,7 +126,7 @@ class _Prover:
         try:
             self.model.set_attn_implementation(ROWS)
             batch = self._batch(network, self.examples)
-            rows = ObservedRows(batch.rows.lengths, batch.rows.bounds)
+            rows = ObservedRows.of(list(batch.rows.lengths)).to(self.device)
             found = _on(network, replace(batch, rows=rows), self.task)[: len(expected)]
             disturbed = self._answer(network, [_other_tokens(self.examples[0]), *self.examples[1:]])
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
@@ -170,7 +172,39 @@ class _Prover:
         self.notes.append("fused forms are not used: together they change what the model gives")
         return {}
 
-    # 3. the head
+    # 3. the last layer
+
+    def _ending(self, network: Network) -> Network:
+        """The network whose last layer runs only where something is looked at, if that gives the same there."""
+        layer = last_layer(self.model) if network.end_to_end else None
+        looks_at = self._looks_at(network) if layer is not None else None
+        if layer is None or looks_at is None:
+            return network
+        ending = replace(network, layout=replace(network.layout, looks_at=looks_at))
+        rows = [only_its_last(example) for example in self.examples]
+        expected = looked_at(network, self._batch(network, rows), self.task)
+        shorten(layer)
+        try:
+            found = looked_at(ending, self._batch(ending, rows), self.task)
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+            found = torch.zeros_like(expected)
+        if close(found, expected, TOLERANCES[found.dtype]):
+            return ending
+        lengthen(layer)
+        return network
+
+    def _looks_at(self, network: Network) -> str | None:
+        """Decoders are read at their last token by ``Network``; encoders by their own head, which is asked."""
+        if self.task == "causal_lm":
+            return "targets"
+        if hasattr(self.model, "score"):
+            return "last"
+        batch = self._batch(network, self.examples)
+        with unpacked_for_head(self.model, batch, only_first=True):
+            blindfolded = network.model(**network.inputs(batch)).logits
+        return "first" if torch.equal(blindfolded, network.class_logits(batch)) else None
+
+    # 4. the head
 
     def _head(self, network: Network) -> Head | None:
         """The output head as a formula, where it gives the model's own logits."""
@@ -210,6 +244,16 @@ def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
 
 def _on(network: Network, batch: Batch, task: str) -> Tensor:
     return network.class_logits(batch) if task == "sequence_classification" else network.hidden(batch).flatten(0, 1)
+
+
+def looked_at(network: Network, batch: Batch, task: str) -> Tensor:
+    return network.class_logits(batch) if task == "sequence_classification" else network.supervised_hidden(batch)
+
+
+def only_its_last(example: Example) -> Example:
+    return replace(
+        example, supervised=example.supervised & (np.arange(len(example.input_ids)) == len(example.input_ids) - 1)
+    )
 
 
 def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:

@@ -45,7 +45,9 @@ def skipping(network: Network, states: States, examples: list[Example], batch_si
     """The network that runs its frozen layers once a row. Raises ``RecipeError`` where that is not the same."""
     depth, layers = skippable(network.model), layer_list(network.model)
     assert layers is not None
-    network = replace(network, layout=replace(network.layout, share=0))  # states are kept whole rows at a time
+    layout = replace(network.layout, share=0)  # states are kept whole rows at a time
+    layout = replace(layout, looks_at=None) if depth == len(layers) else layout  # the last layer is skipped, too
+    network = replace(network, layout=layout)
 
     def with_frozen(states: States, groups: list[list[Example]]) -> Network:
         return replace(network, frozen=FrozenLayers(layers, depth, states, groups, network.layout, pad_id))

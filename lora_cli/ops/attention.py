@@ -6,7 +6,8 @@ Three ways, chosen by ``attend_rows``: on CUDA flash attention over variable len
 (``blocked_attention``); and row by row with torch's own kernel for what those two cannot do (dropout, a soft cap
 or float32 on CUDA).
 
-Shape suffixes: N tokens of all rows, H query heads, K key-value heads, D head size, T tokens of one row.
+Shape suffixes: N tokens of all rows, M keys that they see, H query heads, K key-value heads, D head size, T tokens or
+keys of one row.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ def attend_rows(
     query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight, dropout: float = 0.0
 ) -> Tensor:
     """(N, H, D): each token attends within its own row, and to the prefix that it shares with others."""
-    if rows.prefix:
-        key_NKD, value_NKD = (tensor.index_select(0, rows.key_places) for tensor in (key_NKD, value_NKD))
+    key_MKD, value_MKD = rows.source(rows, key_NKD, value_NKD)
     device = rows.stands_for or query_NHD.device.type
     if dropout == 0.0 and device == "cpu":
-        return attend_in_blocks(query_NHD, key_NKD, value_NKD, rows, sight)
+        return attend_in_blocks(query_NHD, key_MKD, value_MKD, rows, sight)
     if dropout == 0.0 and sight.softcap is None and device == "cuda" and query_NHD.dtype.itemsize == 2:
-        return _flash(query_NHD, key_NKD, value_NKD, rows, sight)
-    return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, dropout)
+        return _flash(query_NHD, key_MKD, value_MKD, rows, sight)
+    return _row_by_row(query_NHD, key_MKD, value_MKD, rows, sight, dropout)
 
 
 @cache
@@ -48,14 +48,14 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
+def _flash(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
     """Flash attention over variable lengths (arXiv:2307.08691), as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = _varlen_parameters()
     options: dict[str, Any] = {}
-    if "window_size" not in known and sight.window is not None:
-        return _row_by_row(query_NHD, key_NKD, value_NKD, rows, sight, 0.0)
+    if sight.window is not None and ("window_size" not in known or not rows.end_with_their_keys):
+        return _row_by_row(query_NHD, key_MKD, value_MKD, rows, sight, 0.0)
     if "window_size" in known:
         left = -1 if sight.window is None else sight.window - 1
         options["window_size"] = (left, 0 if sight.causal else left)
@@ -68,25 +68,25 @@ def _flash(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, si
     if "enable_gqa" in known:
         options["enable_gqa"] = True
     else:
-        group = query_NHD.shape[1] // key_NKD.shape[1]
-        key_NKD, value_NKD = (t.repeat_interleave(group, 1) for t in (key_NKD, value_NKD))
+        group = query_NHD.shape[1] // key_MKD.shape[1]
+        key_MKD, value_MKD = (t.repeat_interleave(group, 1) for t in (key_MKD, value_MKD))
     ends, most = (rows.bounds, rows.key_bounds), (rows.longest, max(rows.key_lengths))
-    out_NHD: Any = varlen_attn(query_NHD, key_NKD, value_NKD, *ends, *most, **options)
+    out_NHD: Any = varlen_attn(query_NHD, key_MKD, value_MKD, *ends, *most, **options)
     return out_NHD
 
 
 def _row_by_row(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: Rows, sight: Sight, dropout: float
+    query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight, dropout: float
 ) -> Tensor:
     outputs = []
-    for row, keys in zip(rows.slices(), rows.key_slices(), strict=True):
-        q_HTD, k_KTD, v_KTD = (t.transpose(0, 1) for t in (query_NHD[row], key_NKD[keys], value_NKD[keys]))
-        outputs.append(_one_row(q_HTD, k_KTD, v_KTD, sight, dropout).transpose(0, 1))
+    for row, keys, offset in zip(rows.slices(), rows.key_slices(), rows.offsets, strict=True):
+        q_HTD, k_KTD, v_KTD = (t.transpose(0, 1) for t in (query_NHD[row], key_MKD[keys], value_MKD[keys]))
+        outputs.append(_one_row(q_HTD, k_KTD, v_KTD, offset, sight, dropout).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, sight: Sight, dropout: float) -> Tensor:
-    queries, keys = slice(k_KTD.shape[1] - q_HTD.shape[1], k_KTD.shape[1]), slice(0, k_KTD.shape[1])
+def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, offset: int, sight: Sight, dropout: float) -> Tensor:
+    queries, keys = slice(offset, offset + q_HTD.shape[1]), slice(0, k_KTD.shape[1])
     plain = sight.window is None and queries.start == 0 and sight.softcap is None  # torch masks by itself then
     hidden = None if plain else sight.hidden(queries, keys, q_HTD.device)
     if sight.softcap is None:

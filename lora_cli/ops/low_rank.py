@@ -121,6 +121,7 @@ class _LowRankLinear(torch.autograd.Function):
             (weight, scaled_B, *((y_NO, bias_O, gain_O) if gain_O is not None else (None, None, None)))
             for (weight, bias_O, _, _, gain_O), scaled_B, y_NO in zip(groups, scaled_Bs, outputs, strict=True)
         ]
+        ctx.set_materialize_grads(False)  # an output that nothing used has no gradient, rather than zeros
         ctx.save_for_backward(x_NI, z_NR, stacked_A, *(tensor for group in kept for tensor in group))
         return tuple(outputs)
 

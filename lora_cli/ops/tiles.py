@@ -95,7 +95,8 @@ class Tiling:
 def tiling_of(rows: Rows, query_NHD: Tensor, key_MKD: Tensor, sight: Sight) -> Tiling:
     heads, kv_heads = query_NHD.shape[1], key_MKD.shape[1]
     price = TILE_PRICE[query_NHD.dtype.itemsize] // heads
-    return _tiling(rows.lengths, rows.prefix, heads, kv_heads, price, sight, query_NHD.device)
+    given = (rows.lengths, rows.key_lengths, rows.offsets)
+    return _tiling(*given, heads, kv_heads, price, sight, query_NHD.device)
 
 
 def kept_probabilities(lengths: list[int]) -> int:
@@ -108,11 +109,8 @@ class _Row:
     begin: int  # its first query, among N
     length: int
     first_key: int  # among M
-    num_keys: int  # those of a shared prefix come before its own
-
-    @property
-    def offset(self) -> int:
-        return self.num_keys - self.length
+    num_keys: int
+    offset: int  # of its first query among its keys
 
 
 class _Stretch(NamedTuple):
@@ -144,9 +142,18 @@ class _Stack:
 
 @lru_cache(maxsize=8)  # the same in every layer
 def _tiling(
-    lengths: tuple[int, ...], prefix: int, heads: int, kv_heads: int, price: int, sight: Sight, device: torch.device
+    lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
+    offsets: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    price: int,
+    sight: Sight,
+    device: torch.device,
 ) -> Tiling:
-    groups = _groups(_rows(lengths, prefix))
+    begins, first_keys = (accumulate(counts, initial=0) for counts in (lengths, key_lengths))
+    numbers = zip(begins, lengths, first_keys, key_lengths, offsets, strict=False)
+    groups = _groups([_Row(*of_row) for of_row in numbers])
     cuts = ([*_stacks(groups, sight, heads, size)] for size in QUERIES)
     stacks = min(cuts, key=lambda cut: sum(price + len(stack.rows) * stack.stretch.num_scores for stack in cut))
     widths = [kv_heads * _padded(group[0].num_keys) for group in groups]
@@ -171,16 +178,10 @@ def forget_tilings() -> None:
     _bias.cache_clear()
 
 
-def _rows(lengths: tuple[int, ...], prefix: int) -> list[_Row]:
-    counts = [lengths[0], *(prefix + length for length in lengths[1:])]
-    begins, first_keys = (accumulate(numbers, initial=0) for numbers in (lengths, counts))
-    return [_Row(*row) for row in zip(begins, lengths, first_keys, counts, strict=False)]
-
-
 def _groups(rows: list[_Row]) -> list[list[_Row]]:
     """Rows of like length, the longest first."""
     groups: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: (row.offset, -row.length)):
+    for row in sorted(rows, key=lambda row: -row.num_keys):
         if groups and _alike(groups[-1][0], row):
             groups[-1].append(row)
         else:
@@ -190,23 +191,31 @@ def _groups(rows: list[_Row]) -> list[list[_Row]]:
 
 def _alike(longest: _Row, row: _Row) -> bool:
     equally_short = (longest.num_keys <= KEPT_KEYS) == (row.num_keys <= KEPT_KEYS)
-    return equally_short and row.offset == longest.offset and row.num_keys * LIKE >= longest.num_keys
+    return equally_short and row.num_keys * LIKE >= longest.num_keys
 
 
 def _stacks(groups: list[list[_Row]], sight: Sight, heads: int, size: int) -> Iterator[_Stack]:
-    """Every stretch of every row, those that are equal in a group together.
-
-    The rows that have a stretch are neighbours, as longer rows have all that shorter ones have but for their ends.
-    """
+    """Every stretch of every row, those together that are equal and of neighbours in a group."""
     for number, group in enumerate(groups):
-        rows_of: dict[_Stretch, list[int]] = {}
+        places_of: dict[_Stretch, list[int]] = {}
         for place, row in enumerate(group):
             for stretch in _stretches(_padded(row.length), _padded(row.num_keys), row.offset, sight, size):
-                rows_of.setdefault(stretch, []).append(place)
-        for stretch, places in rows_of.items():
+                places_of.setdefault(stretch, []).append(place)
+        for stretch, places in places_of.items():
             most = max(1, MOST_SCORES // (heads * stretch.num_scores))
-            for first in range(places[0], places[-1] + 1, most):
-                yield _Stack(number, first, group[first : min(first + most, places[-1] + 1)], stretch)
+            for first, end in _runs(places, most):
+                yield _Stack(number, first, group[first:end], stretch)
+
+
+def _runs(places: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as stretches without gaps, of so many at most."""
+    first = end = places[0]
+    for place in places:
+        if place > end or end - first == most:
+            yield first, end
+            first = place
+        end = place + 1
+    yield first, end
 
 
 @lru_cache(maxsize=1024)
@@ -265,31 +274,31 @@ def _places(blocks: list[_Block], kv_heads: int, device: torch.device) -> Places
 
 
 def _bias_of(stack: _Stack, sight: Sight, device: torch.device) -> Tensor | None:
-    offset, stretch = stack.rows[0].offset, stack.stretch
-    first, last = offset + stretch.first_query, offset + stretch.end_query
+    offsets, stretch = tuple(row.offset for row in stack.rows), stack.stretch
+    offsets = offsets if len(set(offsets)) > 1 else offsets[:1]
     plain = sight.causal and sight.window is None
     # of a plain stretch only its own columns differ, and alike in every one
-    start = min(first, stretch.end_key) if plain else stretch.first_key
+    start = min(min(offsets) + stretch.first_query, stretch.end_key) if plain else stretch.first_key
     # there, padding is hidden from all before it, and sees something itself
     ends = None if plain else tuple(row.num_keys - start for row in stack.rows)
-    return _bias(sight, first - start, last - start, stretch.end_key - start, ends, device)
+    first = tuple(offset + stretch.first_query - start for offset in offsets)
+    return _bias(sight, first, stretch.num_queries, stretch.end_key - start, ends, device)
 
 
 @lru_cache(maxsize=64)  # the same few in every layer
 def _bias(
-    sight: Sight, first: int, last: int, keys: int, ends: tuple[int, ...] | None, device: torch.device
+    sight: Sight, first: tuple[int, ...], queries: int, keys: int, ends: tuple[int, ...] | None, device: torch.device
 ) -> Tensor | None:
     """(1 or R, 1, Q, 1, keys): minus infinity where a query does not see a key, or it is padding; None if nowhere."""
-    hidden = sight.hidden(slice(first, last), slice(0, keys), device)
-    if ends is not None and min(ends) < keys:
+    each = [sight.hidden(slice(at, at + queries), slice(0, keys), device) for at in first]
+    none = torch.zeros(queries, keys, dtype=torch.bool, device=device)
+    hidden_RQT = torch.stack([none if hidden is None else hidden for hidden in each])
+    if ends is not None:
         ends_R11 = torch.tensor(ends, device=device)[:, None, None]
-        padding_RQT = (torch.arange(keys, device=device) >= ends_R11).expand(-1, last - first, -1)
-        hidden_RQT = padding_RQT if hidden is None else padding_RQT | hidden
-        # padding among the queries sees all: without anything to see, it would be NaN
-        hidden_RQT = hidden_RQT & (torch.arange(first, last, device=device)[:, None] < ends_R11)
-    elif hidden is not None:
-        hidden_RQT = hidden[None]
-    else:
+        position_RQ1 = (torch.tensor(first, device=device)[:, None] + torch.arange(queries, device=device))[..., None]
+        hidden_RQT = hidden_RQT | (torch.arange(keys, device=device) >= ends_R11)
+        hidden_RQT = hidden_RQT & (position_RQ1 < ends_R11)  # padding sees all: without anything to see, it is NaN
+    if all(hidden is None for hidden in each) and (ends is None or min(ends) >= keys):
         return None
     bias_RQT = torch.zeros(hidden_RQT.shape, device=device).masked_fill_(hidden_RQT, INFINITE)
     return bias_RQT[:, None, :, None]

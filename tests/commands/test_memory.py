@@ -10,9 +10,9 @@ import torch
 
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
-from lora_cli.ops.rows import Rows
+from lora_cli.data.batches import collate
 from lora_cli.ops.sight import Sight
-from lora_cli.ops.tiles import tiling_of
+from lora_cli.ops.tiles import Tiling, tiling_of
 from lora_cli.recipe import load_recipe
 from tests.conftest import labelled_rows, write_jsonl
 
@@ -21,7 +21,6 @@ HIDDEN, INNER, VALUES, LAYERS, VOCABULARY, R = 32, 48, 16, 2, 320, 4
 SHAPES = [(32, 32), (32, VALUES), (32, VALUES), (32, 32), (32, 48), (32, 48), (48, 32)]
 ADAPTERS = LAYERS * sum(R * (i + o) for i, o in SHAPES)
 FROZEN = LAYERS * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN) + VOCABULARY * HIDDEN + HIDDEN
-QUERY, KEY = torch.empty(1, 4, 8), torch.empty(1, 2, 8)
 BUFFERS = 2 * 4 * 4  # the rotary frequencies, and those they began as
 
 
@@ -45,27 +44,43 @@ def test_frozen_weights_shrink_with_their_dtype_and_adapters_do_not(recipe):
     assert found.adapters == 4 * ADAPTERS
 
 
-def test_activations_of_a_fused_llama_by_hand(recipe):
-    """What each autograd node saves, N tokens of it; small matrices aside."""
-    found = planner(recipe())
+@pytest.mark.parametrize("every_token", [True, False])
+def test_activations_of_a_fused_llama_by_hand(recipe, every_token):
+    """What each autograd node saves, for N tokens; for those of the ending alone behind the last keys and values."""
+    found = planner(recipe(), f"dataset.train_on_prompt={str(every_token).lower()}")
     plan = found.memory()
     n = plan.tokens
-    layer = (
-        2 * (HIDDEN + 1)  # two norms: x and 1 / its length
-        + HIDDEN + 3 * R  # q, k, v of one input, and its A x
-        + HIDDEN + 2 * VALUES  # attention: q, k, v as they are multiplied
+    projected = (HIDDEN + 1) + HIDDEN + 3 * R  # a norm: x and 1 / its length; q, k, v of one input, and its A x
+    behind = (
+        HIDDEN  # attention: q, beside k and v
         + HIDDEN + R  # o_proj's input, and A x
+        + (HIDDEN + 1)  # the second norm
         + HIDDEN + 2 * R  # gate and up of one input
         + 2 * INNER + R  # the gated half: gate, up, and down's A x
     )  # fmt: skip
-    ends = (HIDDEN + 1) + 2 * 8  # the last norm; cos and signed sin
     rows = found.plan.steps.largest_micro_batch(found.plan.dataset.train, 4, found.network.layout)
+    batch = collate(rows, 0, found.network.layout)
+    assert (batch.ending is None) is every_token
+    e = n if batch.ending is None else len(batch.ending.places)
+    layers = (LAYERS - 1) * n * (projected + 2 * VALUES + behind) + n * (projected + 2 * VALUES) + e * behind
+    if batch.ending is not None:
+        layers += e * (projected + 2 * 8)  # begun again, with cos and sin of its own
+    ends = e * (HIDDEN + 1) + n * 2 * 8  # the last norm; cos and signed sin
     head = sum(row.num_targets for row in rows) * HIDDEN
     matrices = LAYERS * R * (3 * 32 + 2 * 32 + 32 + 2 * 16 + 32 + 2 * 48 + 32)  # A stacked, B scaled
-    tiling = tiling_of(Rows.of([len(row.input_ids) for row in rows]), QUERY.expand(n, -1, -1), KEY, Sight(8**-0.5))
-    probabilities = LAYERS * sum(tile.num_scores for tile in tiling.tiles)
-    floats = n * (LAYERS * layer + ends) + head + matrices + probabilities
-    assert plan.activations == pytest.approx(4 * floats, rel=0.03)
+    matrices += 0 if batch.ending is None else R * (3 * 32 + 32 + 2 * 16)
+    each = [batch.rows] * (LAYERS - 1) + [batch.rows if batch.ending is None else batch.ending.rows]
+    tilings = [tiling_of(rows, torch.empty(1, 4, 8), torch.empty(1, 2, 8), Sight(8**-0.5)) for rows in each]
+    probabilities = sum(tile.num_scores for tiling in tilings for tile in tiling.tiles)
+    floats = layers + ends + head + matrices + probabilities
+    assert plan.activations == pytest.approx(4 * floats + bytes_of_tables(tilings), rel=0.02)
+
+
+def bytes_of_tables(tilings: list[Tiling]) -> int:
+    """Masks, and where tokens lie in tiles: the same in all layers."""
+    masks = {id(t.bias): t.bias.nbytes for tiling in tilings for t in tiling.tiles if t.bias is not None}
+    places = {id(p): p for tiling in tilings for p in (tiling.queries, tiling.keys)}.values()
+    return sum(masks.values()) + sum(table.nbytes for p in places for table in (p.tokens, p.padding, p.back))
 
 
 def test_logits_are_a_chunk_or_all_of_them(recipe):

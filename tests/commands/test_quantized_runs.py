@@ -20,7 +20,6 @@ from lora_cli.commands.plan import make_plan
 from lora_cli.commands.train import build_model
 from lora_cli.models import load_model, read_config
 from lora_cli.ops.packing import library
-from lora_cli.ops.tiles import forget_tilings
 from lora_cli.recipe import load_recipe
 from tests.commands.test_resume import BUSY, metrics_of, result_of, run, stop_after
 from tests.conftest import labelled_rows, write_jsonl
@@ -248,12 +247,10 @@ def test_a_random_model_is_quantized_too(quantized, lora, model_folder, tmp_path
 
 def test_the_memory_plan_counts_packed_bytes_and_they_are_those_of_the_model(quantized, model_folder):
     plans = {}
-    found = {}
-    for kind, changes in {"none": ["model.quantization=none"], "nf4": []}.items():
-        plans[kind] = make_plan(load_recipe(quantized("nf4"), ["model.dtype=bfloat16", *changes]))
-        forget_tilings()  # a process that plans twice has the masks already
-        found[kind] = MemoryPlanner(plans[kind]).memory()
-    dense, packed = found["none"], found["nf4"]
+    for changes in (["model.quantization=none"], []):
+        plan = make_plan(load_recipe(quantized("nf4"), ["model.dtype=bfloat16", *changes]))
+        plans[plan.recipe.model.quantization] = plan
+    dense, packed = (MemoryPlanner(plans[kind]).memory() for kind in ("none", "nf4"))
     model = build_model(plans["nf4"], Path(model_folder("llama")))
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert packed.weights == sum(tensor.nbytes for tensor in (*frozen, *model.buffers()))

@@ -98,7 +98,7 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def calls_of(model: Any) -> Counter[int]:
-    """How often each layer's first norm runs."""
+    """How often each layer's last norm runs: what comes before attention may run twice in the last layer."""
     counts: Counter[int] = Counter()
     layers = layer_list(model)
     assert layers is not None
@@ -107,10 +107,10 @@ def calls_of(model: Any) -> Counter[int]:
         return lambda *_: counts.update([number])
 
     for number, layer in enumerate(layers):
-        first = next(
+        *_, last = (
             module for module in layer.modules() if isinstance(module, nn.LayerNorm) or "Norm" in type(module).__name__
         )
-        first.register_forward_hook(counting(number))
+        last.register_forward_hook(counting(number))
     return counts
 
 

@@ -159,7 +159,7 @@ def test_stretches_alike_of_several_rows_are_one_tile():
 
 def test_rows_of_another_length_or_behind_a_prefix_have_tiles_of_their_own():
     assert shapes(tiling([500, 60], Sight(0.3)))[-1] == (1, 64, 64)
-    assert shapes(tiling([40, 30, 31], Sight(0.3), prefix=40)) == [(1, 64, 64), (2, 32, 96)]
+    assert shapes(tiling([40, 30, 31], Sight(0.3), prefix=40)) == [(2, 32, 96), (1, 64, 64)]
 
 
 def test_more_queries_make_a_tile_where_each_costs_little():
