@@ -22,7 +22,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
-from lora_cli.ops.cross_entropy import positions_at_a_time
+from lora_cli.ops.cross_entropy import positions_at_a_time, wide_positions
 from lora_cli.ops.tiles import forget_tilings, kept_probabilities
 from lora_cli.recipe.rules import is_quantized
 from lora_cli.tasks import TASKS
@@ -197,7 +197,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
-    """Logits alive at one time: a chunk in the model's dtype and in float32, or all of them with their gradient.
+    """Logits alive at one time: a chunk in the model's dtype and some of it in float32, or all with their gradient.
 
     Where they are float32 already, the chunk is turned into its own gradient in place.
     """
@@ -208,8 +208,8 @@ def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
     positions = sum(example.num_targets for example in batch)
     if network.head is None:
         return positions * vocabulary * (size + (4 if size < 4 else 0) + 4)
-    chunk = positions_at_a_time(vocabulary, plan.device.type)
-    return min(chunk, positions) * vocabulary * (size + (4 if size < 4 else 0))
+    chunk, widened = (limit(vocabulary, plan.device.type) for limit in (positions_at_a_time, wide_positions))
+    return vocabulary * (min(chunk, positions) * size + (min(widened, positions) * 4 if size < 4 else 0))
 
 
 def _would_pay_packed(memory: MemoryPlan, plan: Plan) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_cli.ops.kernels import kernel
-from lora_cli.ops.precision import wide, wide_type
+from lora_cli.ops.precision import wide
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, *, compile: bool = False) -> Tensor:
@@ -24,16 +24,17 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, *, co
 
 
 def _rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_type(x.dtype))
+    x_wide = wide(x)  # once: operations on two types would each convert for themselves
+    length = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
     rstd = torch.rsqrt(length.square() / x.shape[-1] + eps)
-    return (x * rstd).mul_(offset + wide(weight_D)).to(x.dtype), rstd
+    return (x_wide * rstd).mul_(offset + wide(weight_D)).to(x.dtype), rstd
 
 
 def _rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight_D: Tensor, offset: float) -> Tensor:
     """dx = r (g - x r^2 mean(g x)) with g = dy w."""
-    g = dy * (offset + wide(weight_D))
-    along = (g * x).mean(-1, keepdim=True).mul_(rstd.square())
-    return g.addcmul_(x, along, value=-1).mul_(rstd).to(x.dtype)
+    g, x_wide = wide(dy) * (offset + wide(weight_D)), wide(x)
+    along = (g * x_wide).mean(-1, keepdim=True).mul_(rstd.square())
+    return g.addcmul_(x_wide, along, value=-1).mul_(rstd).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

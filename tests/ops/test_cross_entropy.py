@@ -107,11 +107,12 @@ def loss_and_gradients(formula, hidden, head, targets, *, trained: bool):
     return [loss.detach(), *torch.autograd.grad(loss * 0.37, wanted)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("chunk", "wide"), [(1, 1), (7, 2), (7, 7), (1000, 3), (1000, 1000)])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_loss_and_every_gradient_are_the_formula_s_in_any_cut(dtype, limit, kind, chunk, monkeypatch):
+def test_loss_and_every_gradient_are_the_formula_s_in_any_cut(dtype, limit, kind, chunk, wide, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": chunk * V})
+    monkeypatch.setattr(cross_entropy, "WIDE_LOGITS", {"cpu": wide * V})
     hidden, head, targets = head_of(kind, dtype)
     ours = loss_and_gradients(head_loss, hidden, head, targets, trained=True)
     bias = None if head.bias is None else head.bias.double()
@@ -153,6 +154,17 @@ def test_a_frozen_head_gets_no_gradient_and_all_logits_never_exist(monkeypatch):
     loss_and_gradients(head_loss, hidden, head, targets, trained=False)
     assert {len(t) for t in made} == {4, M % 4}
     assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("wide", [2, 5])
+def test_logits_are_widened_a_few_at_a_time(wide, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "WIDE_LOGITS", {"cpu": wide * V})
+    hidden, head, targets = head_of("plain", torch.bfloat16)
+    widened: list[int] = []
+    true_wide = cross_entropy.wide
+    monkeypatch.setattr(cross_entropy, "wide", lambda t: widened.append(len(t)) or true_wide(t))
+    head_loss(hidden, head, targets)
+    assert set(widened) == {wide, M % wide} - {0}
 
 
 def test_a_loss_of_hundreds_of_nats_is_exact_where_its_probability_is_zero():

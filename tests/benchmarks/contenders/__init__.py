@@ -61,6 +61,7 @@ CONTENDERS = {
 ABLATIONS = {
     "lora, element-wise work compiled": Contender("ours.train_compiled"),
     "lora, rows padded": Contender("ours.train_padded"),
+    "lora, last layer on every token": Contender("ours.train_whole"),
     "lora, no fused forms": Contender("ours.train_unfused"),
     "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
     "lora, freed memory given back": Contender("ours.train_giving_back"),

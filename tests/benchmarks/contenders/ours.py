@@ -39,6 +39,7 @@ def train(
     compiled: bool = False,
     plain: bool = False,
     shared: bool = True,
+    whole: bool = False,
 ) -> None:
     if keep_freed:
         device.keep_freed_memory()
@@ -58,6 +59,8 @@ def train(
     network = build_network(model, shape.task, attention=attention, fused=fused, compile=compiled)
     if not shared:
         network = replace(network, layout=replace(network.layout, share=0))
+    if whole:
+        network = replace(network, layout=replace(network.layout, looks_at=None))
     optimizer = FlatAdamW(model, TrainingSection())
     task = TASKS[shape.task]
     for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
@@ -70,6 +73,10 @@ def train_plain(job: Job) -> None:
 
 def train_compiled(job: Job) -> None:
     train(job, compiled=True)
+
+
+def train_whole(job: Job) -> None:
+    train(job, whole=True)
 
 
 def train_padded(job: Job) -> None:
