@@ -23,7 +23,9 @@ from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
 from lora_cli.ops.cross_entropy import positions_at_a_time, wide_positions
-from lora_cli.ops.tiles import forget_tilings, kept_probabilities
+from lora_cli.ops.rows import Rows
+from lora_cli.ops.sight import Sight
+from lora_cli.ops.tiles import forget_tilings, tiling_of
 from lora_cli.recipe.rules import is_quantized
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
@@ -166,8 +168,15 @@ class MemoryPlanner:
     def _guess(self, rows: list[Example], checkpointing: bool) -> StepBytes:
         tokens, layout = tokens_of(rows, self.network.layout), self.network.layout
         in_tiles = layout.end_to_end and self.plan.device.type == "cpu"
-        probabilities = kept_probabilities([len(row.input_ids) for row in rows]) if in_tiles else 0
+        probabilities = self._probabilities(rows) if in_tiles else 0
         return guess_step(self.model, tokens, probabilities, self.plan.dtype.itemsize, checkpointing)
+
+    def _probabilities(self, rows: list[Example]) -> int:
+        """What attention keeps in each layer."""
+        heads = int(getattr(self.model.config, "num_attention_heads", 0) or 1)
+        query = torch.empty(1, heads, 1, dtype=self.plan.dtype, device="meta")
+        sight = Sight(1.0, causal=self.plan.recipe.task == "causal_lm" or hasattr(self.model, "score"))
+        return tiling_of(Rows.of([len(row.input_ids) for row in rows]), query, query, sight).num_kept
 
     def _evaluation(self, steps: StepPlan) -> int:
         if not self.plan.dataset.eval:

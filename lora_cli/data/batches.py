@@ -35,7 +35,9 @@ class Layout:
     end_to_end: bool = False
     multiple: int = 1
     share: int = 0  # a prefix that all rows begin with is computed once if that spares so many tokens; 0: never
-    looks_at: str | None = None  # behind the last layer: each row's "targets", "first" or "last" token; None: at all
+    looks_at: str | None = (
+        None  # behind the last layer: each row's "targets", "first" or "last" token; None: at all of it
+    )
 
     def filling(self, tokens: int) -> int:
         """How many tokens of padding a line of so many real ones gets: a tenth at most."""
@@ -43,7 +45,7 @@ class Layout:
 
 
 PADDED = Layout()
-LEAST_SPARED = 0.1  # of a line's tokens: a layer that ends early is begun twice
+LEAST_SPARED = 0.2  # of a line's tokens: a layer that ends early is begun twice
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Batch:
             targets=moved(self.targets),
             target_rows=moved(self.target_rows),
             labels=None if self.labels is None else moved(self.labels),
-            ending=None if self.ending is None else self.ending.to(device),
+            ending=None if self.ending is None else self.ending.to(device, moved),
         )
 
 

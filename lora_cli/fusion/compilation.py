@@ -9,6 +9,7 @@ from torch import nn
 from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
+from lora_cli.fusion.ending import last_layer, lengthen
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 
@@ -29,6 +30,9 @@ def compile_layers(network: Network) -> Network:
         )
     if network.end_to_end:
         model.set_attn_implementation(network.own_attention)
+    last = last_layer(model)
+    if last is not None and network.layout.looks_at is not None:
+        lengthen(last)
     layers: list[nn.Module] = list(repeated_layers(model).values())
     for module in layers or [model]:
         module.compile(dynamic=True)

@@ -68,8 +68,10 @@ class Network:
         return self.hidden(batch).flatten(0, 1).index_select(0, batch.places)
 
     def _looked_at(self, batch: Batch, ending: Ending) -> Tensor:
-        hidden_1ED = self._run(self.model.base_model, batch, to_the_end=False).last_hidden_state
-        return hidden_1ED[0].index_select(0, ending.wanted)
+        hidden = self._run(self.model.base_model, batch, to_the_end=False).last_hidden_state[0]
+        if len(hidden) == batch.rows.num_tokens:  # the last layer was skipped: OPT drops layers at random
+            return hidden.index_select(0, ending.places.index_select(0, ending.wanted))
+        return hidden.index_select(0, ending.wanted)
 
     def supervised_logits(self, batch: Batch) -> Tensor:
         """(M, V) through the model's own head, which runs on no more positions than it must."""
@@ -141,12 +143,14 @@ def unpacked_for_head(model: PreTrainedModel, batch: Batch, *, only_first: bool 
     """
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        output["last_hidden_state"] = pad_rows(output["last_hidden_state"][0], rows, batch.num_rows)
+        hidden = output["last_hidden_state"][0]
+        ended = batch.ending is not None and len(hidden) != batch.rows.num_tokens
+        rows = batch.ending.rows if batch.ending is not None and ended else batch.rows
+        output["last_hidden_state"] = pad_rows(hidden, rows, batch.num_rows)
         if only_first:
             output["last_hidden_state"][:, 1:] = 0
         return output
 
-    rows = batch.rows if batch.ending is None else batch.ending.rows
     encoder = getattr(model.base_model, "encoder", model.base_model)  # ahead of the base's own pooler, if it has one
     handle = encoder.register_forward_hook(after)
     try:

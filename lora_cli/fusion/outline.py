@@ -140,14 +140,15 @@ def outline_network(
         network = _end_to_end(network, task, device) or network
     if fused:
         _adopt_forms(network, task, device)
-        network = replace(_ending(network, task, device), head=_head(model, task))
-    return network
+        network = replace(network, head=_head(model, task))
+    return _ending(network, task, device)
 
 
 def _ending(network: Network, task: str, device: torch.device) -> Network:
     """The network whose last layer runs only where something is looked at, if it runs at all."""
     layer = last_layer(network.model)
-    if not network.end_to_end or layer is None:
+    averages = getattr(network.model.config, "classifier_pooling", None) == "mean" and task != "causal_lm"
+    if not network.end_to_end or layer is None or averages:
         return network
     looks_at = "targets" if task == "causal_lm" else "last" if hasattr(network.model, "score") else "first"
     ending = replace(network, layout=replace(network.layout, looks_at=looks_at))

@@ -90,18 +90,21 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 def recompute_from_host(function: partial[Any], *args: Any) -> Any:
     """What ``torch.utils.checkpoint.checkpoint`` does, with the hidden states waiting on the host.
 
-    ``function`` is a layer's forward with its keywords, as transformers hands it over.
+    ``function`` is a layer's forward with its keywords, as transformers hands it over: a function of the layer, or up
+    to transformers 5.17 a method of it.
     """
     leaves, spec = tree_flatten((args, function.keywords))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    forward, (layer, *_) = function.func, function.args
+    forward: Any = function.func
+    itself = function.args
+    layer = itself[0] if itself else forward.__self__
     learns = any(t.requires_grad for t in tensors) or any(p.requires_grad for p in layer.parameters())
     if not (learns and torch.is_grad_enabled()):
         return function(*args)
 
     def run(values: list[Any]) -> Any:  # holds on to no tensor
         positional, keywords = tree_unflatten(values, spec)
-        return forward(layer, *positional, **keywords)
+        return forward(*itself, *positional, **keywords)
 
     anchor = torch.empty(0, requires_grad=True)  # the first layer's input needs no gradient, yet it is to be called
     hidden = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())

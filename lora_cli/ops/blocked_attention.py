@@ -11,6 +11,7 @@ all tiles, with padding; in a tile S matrices, Q queries times H / K, T keys.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_cli.ops.precision import wide_product, wide_type
-from lora_cli.ops.rows import Rows
+from lora_cli.ops.rows import Rows, own_keys
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import Tile, Tiling, tiling_of
 
@@ -39,12 +40,12 @@ class _BlockedAttention(torch.autograd.Function):
         for tile in in_turn:
             p_SQT, _ = _probabilities(tile, tile.of_queries(q_LD), _keys(tile, k_FD), sight)
             _product(p_SQT, _keys(tile, v_FD), out=tile.of_queries(out_LD))
-            if trains and _keeps(tile, v_FD.dtype, sight):
+            if trains and _keeps(tile, sight):
                 kept.append(p_SQT)
         if trains and len(in_turn) < len(tiling.tiles):  # a rehearsal: the others leave no less behind
-            others = [tile for tile in tiling.tiles if tile is not in_turn[0] and _keeps(tile, v_FD.dtype, sight)]
+            others = [tile for tile in tiling.tiles if tile is not in_turn[0] and _keeps(tile, sight)]
             kept += [v_FD.new_empty(tile.num_scores) for tile in others]
-        ctx.rows, ctx.sight = rows, sight
+        ctx.rows, ctx.sight = replace(rows, source=own_keys), sight  # a source may hold keys and values
         ctx.save_for_backward(query_NHD, key_MKD, value_MKD, *kept)
         return tiling.queries.empty(out_LD, query_NHD.shape[1])
 
@@ -89,7 +90,7 @@ def _tile_backward(
     q_LD, k_FD, v_FD = inputs
     dq_LD, dk_FD, dv_FD = gradients
     q, do, k = tile.of_queries(q_LD), tile.of_queries(do_LD), _keys(tile, k_FD)
-    keeps = _keeps(tile, q.dtype, sight)
+    keeps = _keeps(tile, sight)
     p_SQT, tanh_SQT = (next(kept), None) if keeps else _probabilities(tile, q, k, sight)
     tile.of_keys(dv_FD).add_(_product(p_SQT.transpose(1, 2), do))
     dp_SQT = _product(do, _keys(tile, v_FD).transpose(1, 2))
@@ -112,7 +113,7 @@ def _probabilities(tile: Tile, q_SQD: Tensor, k_STD: Tensor, sight: Sight) -> tu
     return torch.softmax(scores_SQT, -1).to(q_SQD.dtype), tanh_SQT
 
 
-def _keeps(tile: Tile, dtype: torch.dtype, sight: Sight) -> bool:
+def _keeps(tile: Tile, sight: Sight) -> bool:
     """A cap on scores has a derivative of its own, which needs more than the probabilities."""
     return tile.short and sight.softcap is None
 

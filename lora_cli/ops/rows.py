@@ -106,7 +106,9 @@ class Rows:
     def part(self, starts: list[int], lengths: list[int]) -> Self:
         """So many tokens of each row from its ``starts`` on, which see all that their row sees."""
         offsets = tuple(offset + start for offset, start in zip(self.offsets, starts, strict=True))
-        return replace(self, lengths=tuple(lengths), offsets=offsets, bounds=_bounds(lengths), prefix=0)
+        nowhere = self.key_places.new_empty(0)  # whoever runs the part knows the keys of the whole
+        whole = replace(self, prefix=0, filled=False, key_places=nowhere)
+        return replace(whole, lengths=tuple(lengths), offsets=offsets, bounds=_bounds(lengths))
 
     def to(self, device: torch.device) -> Self:
         names = ("bounds", "key_bounds", "key_places")
@@ -128,8 +130,9 @@ class Ending:
         places = torch.cat([torch.arange(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)])
         return Ending(rows.part(starts, lengths), places, torch.searchsorted(places, wanted))
 
-    def to(self, device: torch.device) -> Ending:
-        places, wanted = (t.to(device, non_blocking=True) for t in (self.places, self.wanted))
+    def to(self, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> Ending:
+        """On the device, its tensors by ``move``, if that is given."""
+        places, wanted = (move(t) if move else t.to(device) for t in (self.places, self.wanted))
         return Ending(self.rows.to(device), places, wanted)
 
 

@@ -27,8 +27,8 @@ MULTIPLE = 32  # lengths are padded to this: products of odd sizes take up to tw
 QUERIES = (32, 64, 128)  # of a row in a tile: the fewer, the less is computed to be hidden; the more, the fewer tiles
 TILE_PRICE = {2: 50_000, 4: 25_000, 8: 15_000}  # scores made in the time that a tile takes beside them, by item size
 MOST_SCORES = 2**21  # of a tile of several rows
-LIKE = 4  # rows share a padded length down to a fourth of the longest
 KEPT_KEYS = 512  # a row is short with at most as many
+LIKE, LIKE_KEYS = 4, 512  # up to so many, rows share a padded length down to a fourth of the longest's
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,17 @@ class Tiling:
     queries: Places
     keys: Places
 
+    @property
+    def num_kept(self) -> int:
+        """Probabilities of short rows."""
+        return sum(tile.num_scores for tile in self.tiles if tile.short)
+
 
 def tiling_of(rows: Rows, query_NHD: Tensor, key_MKD: Tensor, sight: Sight) -> Tiling:
     heads, kv_heads = query_NHD.shape[1], key_MKD.shape[1]
     price = TILE_PRICE[query_NHD.dtype.itemsize] // heads
     given = (rows.lengths, rows.key_lengths, rows.offsets)
     return _tiling(*given, heads, kv_heads, price, sight, query_NHD.device)
-
-
-def kept_probabilities(lengths: list[int]) -> int:
-    """About how many each head keeps of a causal batch: half of every short row's square, and some that are hidden."""
-    return sum(length * (length + MULTIPLE) // 2 for length in lengths if length <= KEPT_KEYS)
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,9 @@ def _groups(rows: list[_Row]) -> list[list[_Row]]:
 
 
 def _alike(longest: _Row, row: _Row) -> bool:
-    equally_short = (longest.num_keys <= KEPT_KEYS) == (row.num_keys <= KEPT_KEYS)
-    return equally_short and row.num_keys * LIKE >= longest.num_keys
+    if longest.num_keys > LIKE_KEYS:  # its products are large enough alone
+        return _padded(row.num_keys) == _padded(longest.num_keys)
+    return row.num_keys * LIKE >= longest.num_keys
 
 
 def _stacks(groups: list[list[_Row]], sight: Sight, heads: int, size: int) -> Iterator[_Stack]:

@@ -85,9 +85,9 @@ def guess_step(
 ) -> StepBytes:
     """For models whose code asks for values, and so cannot be rehearsed: what layers of their sizes keep.
 
-    Every linear layer is taken to keep its input and its output, every norm its input in float32 too, each head of
-    attention so many ``probabilities``; of experts, those that a token is sent to. Checkpointing keeps a layer's input,
-    and one layer at a time as a whole.
+    Every linear layer is taken to keep its input and its output, every norm its input in float32 too, attention so many
+    ``probabilities`` a layer; of experts, those that a token is sent to. Checkpointing keeps a layer's input, and one
+    layer at a time as a whole.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     sizes = [sum(features(m)) for m in model.modules() if isinstance(m, LINEAR_TYPES)]
@@ -96,8 +96,7 @@ def guess_step(
     chosen = int(getattr(model.config, "num_experts_per_tok", None) or 1)
     sizes += [chosen * (p.shape[1] + p.shape[2]) for p in model.parameters() if p.ndim == 3]
     norms = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower())
-    heads = len(layers) * int(getattr(model.config, "num_attention_heads", 0) or 0)
-    kept = tokens * (itemsize * sum(sizes) + (itemsize + 4) * norms) + probabilities * itemsize * heads
+    kept = tokens * (itemsize * sum(sizes) + (itemsize + 4) * norms) + probabilities * itemsize * len(layers)
     one_layer = kept // max(1, len(layers))
     if checkpointing and layers:
         hidden = int(getattr(model.config, "hidden_size", 0) or 0)

@@ -6,7 +6,8 @@ Counted is, for each step of the measured passes, in the step's dtype and at its
   the three dense ones), x (N, I) times W^T;
 - the product for the gradient of its input, dy (N, O) times W; not for the first layer's queries, keys and values,
   since nothing below them is trained;
-- the same two for the output head (a classifier: the pooler), at the M supervised positions only.
+- the same two for the output head (a classifier: the pooler), and of the last layer for all but keys and values, at
+  the M supervised positions only (a classifier: one a row).
 
 Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each
 layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes,

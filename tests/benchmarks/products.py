@@ -2,7 +2,8 @@
 
 A frozen matrix W (O, I) costs 2 O I operations a token forward and, where something below it is trained, 2 O I more
 for the gradient of its input; there is no gradient of W itself. Nothing below the first layer's queries, keys and
-values is trained, so these need no gradient of their input.
+values is trained, so these need no gradient of their input. Behind the last layer's keys and values nothing is looked
+at but the supervised positions, or the one of a classifier's row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Product:
     outputs: int
     inputs: int
     input_gradient: bool = True
-    on_targets: bool = False  # of the head: at the supervised positions only
+    on_targets: bool = False  # at the supervised positions only
 
     def flops(self, tokens: int, targets: int) -> int:
         rows = targets if self.on_targets else tokens
@@ -36,7 +37,7 @@ def products(shape: Shape) -> list[Product]:
     attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     mlp = [(inner, hidden)] * (2 if c["model_type"] == "llama" else 1) + [(hidden, inner)]
     found = [
-        Product(outputs, inputs, input_gradient=layer > 0 or place >= 3)
+        Product(outputs, inputs, layer > 0 or place >= 3, on_targets=layer == layers - 1 and place not in (1, 2))
         for layer in range(layers)
         for place, (outputs, inputs) in enumerate([*attention, *mlp])
     ]
@@ -50,10 +51,14 @@ def product_flops(shape: Shape, rows: Sequence[Row]) -> int:
 
 
 def attention_flops(config: dict[str, Any], rows: Sequence[Row]) -> int:
-    """Two products forward (scores, values) and four backward, 2 T^2 D each; half where later tokens are hidden."""
-    pairs = sum(len(row.ids) ** 2 for row in rows)
-    full = 6 * 2 * config["num_hidden_layers"] * config["hidden_size"] * pairs
-    return full // 2 if config["model_type"] == "llama" else full
+    """Two products forward (scores, values) and four backward, 2 D for each pair of tokens; none for hidden ones.
+
+    The last layer has queries at supervised positions only.
+    """
+    hidden = 1 if config["model_type"] == "llama" else 0
+    below = sum((2 - hidden) * len(row.ids) ** 2 for row in rows)
+    last = sum(row.num_targets * (2 * len(row.ids) - hidden * row.num_targets) for row in rows)
+    return 6 * config["hidden_size"] * ((config["num_hidden_layers"] - 1) * below + last)
 
 
 def model_flops_per_token(shape: Shape) -> float:

@@ -50,20 +50,23 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_the_limit_counts_the_products_of_a_llama_step():
-    """2 N P forward and as much backward, less the first layer's q, k, v; the head at supervised positions."""
+    """2 N P forward and as much backward, less the first layer's q, k, v; at supervised positions the head, and the
+    last layer but for its keys and values."""
     c, rows = MICRO.config, [Row(list(range(10))), Row(list(range(7)))]
     hidden, inner, kv, layers = 32, 64, 16, c["num_hidden_layers"]
     first = hidden * (hidden + 2 * kv)
     layer = first + hidden * hidden + 3 * hidden * inner
     tokens, targets = 17, 5 + 4
-    expected = 2 * tokens * (2 * layers * layer - first) + 4 * targets * c["vocab_size"] * hidden
-    assert product_flops(MICRO, rows) == expected
+    below = 2 * tokens * (2 * (layers - 1) * layer - first)
+    last = 4 * tokens * 2 * kv * hidden + 4 * targets * (layer - 2 * kv * hidden)
+    assert product_flops(MICRO, rows) == below + last + 4 * targets * c["vocab_size"] * hidden
 
 
 def test_the_limit_counts_the_products_of_an_encoder_step():
     rows = [Row([1] * 5, 0), Row([1] * 3, 1)]
-    layer = 4 * 32 * 32 + 2 * 32 * 48
-    assert product_flops(MICRO_ENCODER, rows) == 2 * 8 * (2 * 2 * layer - 3 * 32 * 32) + 4 * 2 * 32 * 32
+    layer, keys_and_values = 4 * 32 * 32 + 2 * 32 * 48, 2 * 32 * 32
+    first, last = 2 * 8 * (2 * layer - 3 * 32 * 32), 4 * 8 * keys_and_values + 4 * 2 * (layer - keys_and_values)
+    assert product_flops(MICRO_ENCODER, rows) == first + last + 4 * 2 * 32 * 32
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -82,13 +85,13 @@ def test_the_products_are_the_models_matrices(name):
 
 def test_attention_costs_six_products_of_all_pairs_or_of_half():
     rows = [Row([1] * 4), Row([1] * 2)]
-    half = 6 * 2 * 2 * 32 * (16 + 4) // 2
-    assert attention_flops(MICRO.config, rows) == half
-    assert attention_flops(MICRO_ENCODER.config, rows) == 2 * half
+    below, last = 8 + 2, 2 * 4 - 2 + 2 * 1 - 0.5  # two targets of four tokens see 3.5 each, up to half of themselves
+    assert attention_flops(MICRO.config, rows) == 6 * 2 * 32 * (below + last)
+    assert attention_flops(MICRO_ENCODER.config, rows) == 6 * 2 * 32 * (16 + 4 + 8 + 2)
 
 
 def test_an_8b_model_needs_four_operations_a_parameter_and_token():
-    """4 N over the layers, half of the head's 4 N as half is supervised, and the attention, a fraction of it."""
+    """4 N over the layers, half of the head's as half is supervised, and the attention, a fraction of it."""
     layers, head = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096
     ratio = model_flops_per_token(SHAPES["llama-8b"]) / (4 * layers + 2 * head)
     assert 1 < ratio < 1.1

@@ -36,11 +36,13 @@ def test_fused_forms_compile_their_element_wise_work_and_nothing_else(monkeypatc
     assert layers == []
 
 
-def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_side(monkeypatch):
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_side(kind, monkeypatch):
     formulas, layers = pretend(monkeypatch)
-    build = lambda: adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0])  # noqa: E731
+    build = lambda: adapted(kind, "causal_lm", CAUSAL[kind][0])  # noqa: E731
     network, plain = build_compiled_network(build(), "causal_lm"), build_network(build(), "causal_lm")
     assert len(layers) == 2
+    assert all("forward" not in vars(layer) for layer in layers), "whole layers, the last one too"
     assert formulas == []
     assert network.layout == PADDED
     assert plain.end_to_end, "without compiling it would not pad"

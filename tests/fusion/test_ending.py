@@ -85,8 +85,8 @@ def test_of_a_classifier_s_row_it_is_one_token(looks_at, places):
 
 def test_nothing_ends_early_where_little_is_spared():
     assert collate([row(12, list(range(1, 12)))], 0, LINE).ending is None
-    assert collate([row(12, list(range(2, 12)))], 0, LINE).ending is None, "one token of twelve"
-    assert collate([row(12, list(range(3, 12)))], 0, LINE).ending is not None
+    assert collate([row(12, list(range(3, 12)))], 0, LINE).ending is None, "two tokens of twelve"
+    assert collate([row(12, list(range(4, 12)))], 0, LINE).ending is not None
 
 
 def test_where_products_like_round_sizes_it_has_one():
@@ -148,6 +148,17 @@ def test_a_head_that_reads_every_token_is_given_every_token():
     network = build_network(model, CLASSIFY)
     assert network.layout.looks_at is None
     assert worst(loss_and_gradients(network, CLASSIFY, rows), exact) < 1e-5
+
+
+def test_where_the_last_layer_is_skipped_at_random_the_right_tokens_are_read():
+    """OPT leaves layers out while it trains, if its configuration says so."""
+    model = adapted("opt", "causal_lm", CAUSAL["opt"][0])
+    network, rows = build_network(model, "causal_lm"), rows_of("causal_lm")
+    assert network.layout.looks_at == "targets"
+    whole = without(network)
+    del model.model.decoder.layers[-1]  # as on a step that leaves it out
+    found, expected = (n.supervised_hidden(collate(rows, 0, n.layout)) for n in (network, whole))
+    assert torch.equal(found, expected)
 
 
 class Mixing(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,9 +117,33 @@ def test_rows_see_a_shared_prefix_as_if_each_had_its_own(sight, way):
     assert relative(ours, exact) < 1e-12
 
 
-def test_in_bfloat16_it_is_no_less_exact_than_torch_s_own_kernel():
+STARTS, COUNTS = [2, 0, 0, 1, 100, 32, 7], [3, 70, 1, 1, 30, 1, 20]  # of LENGTHS: tails, a whole row, and a middle
+
+
+def part_of(q: Tensor) -> Tensor:
+    begins = [end - length for end, length in zip(itertools.accumulate(LENGTHS), LENGTHS, strict=True)]
+    places = zip(begins, STARTS, COUNTS, strict=True)
+    return q[torch.cat([torch.arange(begin + start, begin + start + count) for begin, start, count in places])]
+
+
+def part_row_by_row(q: Tensor, k: Tensor, v: Tensor, rows: Rows, sight: Sight) -> Tensor:
+    return attention._row_by_row(q, k, v, rows, sight, 0.0)
+
+
+@pytest.mark.parametrize("way", [attend_rows, part_row_by_row])
+@pytest.mark.parametrize("sight", SIGHTS, ids=str)
+def test_some_tokens_of_each_row_see_what_they_see_in_the_whole(sight, way):
+    inputs, gradient = draw(torch.float64)
+    part = replace(Rows.of(LENGTHS).part(STARTS, COUNTS), source=lambda _, key, value: (key, value))
+    ours = output_and_gradients(inputs, part_of(gradient), lambda q, k, v: way(part_of(q), k, v, part, sight))
+    exact = output_and_gradients(inputs, part_of(gradient), lambda q, k, v: part_of(by_hand(q, k, v, LENGTHS, sight)))
+    assert relative(ours, exact) < 1e-12
+
+
+@pytest.mark.parametrize("scaling", [SIZE**-0.5, 128**-0.5, 0.3])
+def test_in_bfloat16_it_is_no_less_exact_than_torch_s_own_kernel(scaling):
     inputs, gradient = draw(torch.bfloat16)
-    rows, sight = Rows.of(LENGTHS), Sight(SIZE**-0.5)
+    rows, sight = Rows.of(LENGTHS), Sight(scaling)
     exact = output_and_gradients(
         [t.double() for t in inputs], gradient.double(), lambda q, k, v: by_hand(q, k, v, LENGTHS, sight)
     )
@@ -280,6 +305,50 @@ def test_flash_attention_is_asked_for_the_same_thing_in_every_torch(sight, param
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     out = attention._flash(*inputs, rows, sight)
     assert relative([out], [by_hand(*inputs, LENGTHS, sight)]) < 1e-5
+
+
+def test_flash_attention_gets_queries_that_end_with_their_keys_or_none(monkeypatch):
+    """It takes the last query for that of the last key: with a window, others go row by row."""
+    inputs, _ = draw(torch.float32)
+    asked: list[tuple[Any, ...]] = []
+
+    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, **_):
+        asked.append((bounds_q.tolist(), bounds_k.tolist(), longest_q, longest_k))
+        return q
+
+    monkeypatch.setattr(attention, "_varlen_parameters", lambda: frozenset(SIGNATURES["2.12 and later"]))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    tails = Rows.of(LENGTHS).part([length - 1 for length in LENGTHS], [1] * len(LENGTHS))
+    firsts = Rows.of(LENGTHS).part([0] * len(LENGTHS), [1] * len(LENGTHS))
+    one = inputs[0][: len(LENGTHS)]
+    attention._flash(one, *inputs[1:], tails, Sight(0.3, window=3))
+    ends = [0, *itertools.accumulate(LENGTHS)]
+    assert asked == [(list(range(len(LENGTHS) + 1)), ends, 1, max(LENGTHS))]
+    attention._flash(one, *inputs[1:], firsts, Sight(0.3, causal=False, window=3))
+    assert len(asked) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sight", [sight for sight in SIGHTS if sight.causal], ids=str)
+def test_on_a_gpu_the_last_tokens_of_each_row_see_what_they_see_in_the_whole(sight):
+    inputs, gradient = draw(torch.bfloat16)
+    starts = [length // 2 for length in LENGTHS]
+    rows = Rows.of(LENGTHS).part(starts, [length - start for length, start in zip(LENGTHS, starts, strict=True)])
+    begins = [end - length for end, length in zip(itertools.accumulate(LENGTHS), LENGTHS, strict=True)]
+    ranges = zip(begins, starts, LENGTHS, strict=True)
+    places = torch.cat([torch.arange(begin + start, begin + length) for begin, start, length in ranges])
+    part = replace(rows.to(torch.device("cuda")), source=lambda _, key, value: (key, value))
+    ours = output_and_gradients(
+        [t.cuda() for t in inputs],
+        gradient[places].cuda(),
+        lambda q, k, v: attend_rows(q[places.cuda()], k, v, part, sight),
+    )
+    exact = output_and_gradients(
+        [t.double() for t in inputs],
+        gradient[places].double(),
+        lambda q, k, v: by_hand(q, k, v, LENGTHS, sight)[places],
+    )
+    assert relative([t.cpu() for t in ours], exact) < 1e-2
 
 
 @pytest.mark.gpu
