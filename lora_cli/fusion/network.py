@@ -89,15 +89,19 @@ class Network:
         Their own forward would look for the pad id instead, which fails where there is none and reads the
         wrong token where a text holds it.
         """
-        if hasattr(self.model, "score") and batch.ending is not None:
-            return self.model.score(self._looked_at(batch, batch.ending))
         if hasattr(self.model, "score"):
-            hidden_MD = self.hidden(batch).flatten(0, 1)
-            return self.model.score(hidden_MD.index_select(0, self._last_places(batch).to(hidden_MD.device)))
+            return self.model.score(self._last_hidden(batch))
         if not self.end_to_end:
             return self._run(self.model, batch).logits
         with unpacked_for_head(self.model, batch):
             return self._run(self.model, batch, to_the_end=batch.ending is None).logits
+
+    def _last_hidden(self, batch: Batch) -> Tensor:
+        """(B, D): the states of each row's last token."""
+        if batch.ending is not None:
+            return self._looked_at(batch, batch.ending)
+        hidden_ND = self.hidden(batch).flatten(0, 1)
+        return hidden_ND.index_select(0, self._last_places(batch).to(hidden_ND.device))
 
     def _last_places(self, batch: Batch) -> Tensor:
         """(B,): where each row's last token is, counted through all of the batch."""
@@ -144,8 +148,7 @@ def unpacked_for_head(model: PreTrainedModel, batch: Batch, *, only_first: bool 
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output["last_hidden_state"][0]
-        ended = batch.ending is not None and len(hidden) != batch.rows.num_tokens
-        rows = batch.ending.rows if batch.ending is not None and ended else batch.rows
+        rows = batch.rows if batch.ending is None or len(hidden) == batch.rows.num_tokens else batch.ending.rows
         output["last_hidden_state"] = pad_rows(hidden, rows, batch.num_rows)
         if only_first:
             output["last_hidden_state"][:, 1:] = 0

@@ -147,8 +147,9 @@ def outline_network(
 def _ending(network: Network, task: str, device: torch.device) -> Network:
     """The network whose last layer runs only where something is looked at, if it runs at all."""
     layer = last_layer(network.model)
-    averages = getattr(network.model.config, "classifier_pooling", None) == "mean" and task != "causal_lm"
-    if not network.end_to_end or layer is None or averages:
+    averages = getattr(network.model.config, "classifier_pooling", None) == "mean"
+    whole = network.head is None if task == "causal_lm" else averages
+    if not network.end_to_end or layer is None or whole:
         return network
     looks_at = "targets" if task == "causal_lm" else "last" if hasattr(network.model, "score") else "first"
     ending = replace(network, layout=replace(network.layout, looks_at=looks_at))

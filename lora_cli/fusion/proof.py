@@ -218,7 +218,7 @@ class _Prover:
     def _looks_at(self, network: Network) -> str | None:
         """Decoders are read at their last token by ``Network``; encoders by their own head, which is asked."""
         if self.task == "causal_lm":
-            return "targets"
+            return None if network.head is None else "targets"  # a head of its own runs on what it chooses
         if hasattr(self.model, "score"):
             return "last"
         batch = self._batch(network, self.examples)
