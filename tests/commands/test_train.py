@@ -656,6 +656,7 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides by hand
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by torch's own compiler
 def test_torch_compile_trains_like_eager(kind, quantization, recipe, tmp_path, model_folder):
     """Two steps and an evaluation, compiled in earnest."""
     outcomes = []
