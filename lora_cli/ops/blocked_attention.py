@@ -30,6 +30,8 @@ def attend_in_blocks(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows
 
 
 class _BlockedAttention(torch.autograd.Function):
+    """Saves queries, keys and values as they came, and of short rows the probabilities; tiles are filled anew."""
+
     @staticmethod
     def forward(ctx: Any, query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
         tiling = tiling_of(rows, query_NHD, key_MKD, sight)

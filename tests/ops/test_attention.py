@@ -16,7 +16,7 @@ from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import MOST_SCORES, Tiling, tiling_of
 
-LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # neighbours of like length are computed together
+LENGTHS = [5, 70, 1, 3, 130, 33, 40]  # stretches alike are computed together
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 SIGHTS = [
     Sight(0.3, causal, window, softcap)
