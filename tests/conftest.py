@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ def pytest_collection_finish() -> None:
     """Modules and tests live as long as the session: collecting garbage need not look through them each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _products_of_each_test() -> Iterator[None]:
+    """Which library multiplies is a setting of the process: no test inherits another one's."""
+    library = torch.backends.mkldnn.matmul
+    before = library.fp32_precision
+    yield
+    library.fp32_precision = before
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

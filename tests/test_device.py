@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -126,6 +128,52 @@ def test_freed_memory_is_kept_where_the_c_library_can_and_left_alone_elsewhere(m
 
     monkeypatch.setattr(device.ctypes, "CDLL", missing)
     assert not device.keep_freed_memory()
+
+
+GROWTH = """
+import ctypes, sys
+from lora_cli import device
+device.KERNELS_KEPT = int(sys.argv[1])
+device.keep_fewer_kernels()
+import torch
+class Use(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d mapped f g used i j".split()]
+library = ctypes.CDLL("libc.so.6")
+library.mallinfo2.restype = Use
+def held():
+    use = library.mallinfo2()
+    return use.used + use.mapped
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def multiply(tokens):
+    torch.ones(tokens, 64, dtype=torch.bfloat16) @ weight
+multiply(100)
+before = held()
+for tokens in range(101, 161):
+    multiply(tokens)
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks the GNU C library what is in use")
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the library makes no such products here")
+def test_the_sizes_of_products_that_were_met_take_bounded_memory():
+    """Sixty sizes: with sixteen kept, at most a third of what is held with a thousand."""
+
+    def growth(kept: int) -> int:
+        unset = {key: value for key, value in os.environ.items() if key not in device.KERNEL_CACHES}
+        command = [sys.executable, "-c", GROWTH, str(kept)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=unset).stdout)
+
+    assert 3 * growth(16) <= growth(1024)
+
+
+def test_who_sets_the_kernel_caches_is_obeyed(monkeypatch):
+    first, second = device.KERNEL_CACHES
+    monkeypatch.setenv(first, "7")
+    monkeypatch.setenv(second, "")
+    monkeypatch.delenv(second)
+    device.keep_fewer_kernels()
+    assert (os.environ[first], os.environ[second]) == ("7", str(device.KERNELS_KEPT))
 
 
 def test_the_process_is_as_large_as_what_it_holds():

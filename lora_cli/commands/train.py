@@ -24,7 +24,7 @@ from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
 from lora_cli.commands.trainable import prepare, quantize_base
-from lora_cli.device import give_back_freed_memory, keep_freed_memory, memory_errors
+from lora_cli.device import give_back_freed_memory, memory_errors, prepare_for_training
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError, UsageError
 from lora_cli.fusion.network import Network
@@ -116,7 +116,7 @@ def train(
         observer.begins(plan, output, standing.state, standing.set_aside)
         if world.tell(standing.summary is not None):
             return finished_outcome(plan, output, standing) if world.is_main else None
-        keep_freed_memory()
+        prepare_for_training()
         # 3. the model, and the weights of the checkpoint
         sizes = (
             planned(MemoryPlanner(plan, remote_code=remote_code), standing.state.micro_batch_size)

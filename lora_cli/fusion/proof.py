@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.layer import has_hooks, projection_of
+from lora_cli.adapters.layer import LINEAR_TYPES, has_hooks, projection_of
 from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
@@ -30,6 +30,7 @@ from lora_cli.fusion.forms import Calls, abandon, adopt, close
 from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.kernels import why_not_compiled
+from lora_cli.ops.products import choose_products, onednn_multiplies
 from lora_cli.ops.rows import Rows
 
 LENGTHS = (5, 2, 7)
@@ -58,6 +59,7 @@ def build_network(
     makes single kernels of the fused forms' element-wise work, as is always tried on CUDA.
     """
     was_training = model.training
+    choose_products(module.weight for module in model.modules() if isinstance(module, LINEAR_TYPES))
     model.eval()
     try:
         return _Prover(model, task, compile).network(end_to_end=attention == "auto", fused=fused)
@@ -237,9 +239,16 @@ def why_not_end_to_end(model: PreTrainedModel) -> str | None:
 
 
 def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
-    """Rows end to end. The CPU's bfloat16 products lose up to a third of their speed at sizes that are not round."""
-    slow_when_odd = device.type == "cpu" and next(model.parameters()).dtype == torch.bfloat16
-    return Layout(end_to_end=True, multiple=48 if slow_when_odd else 1)
+    """Rows end to end; filled up where oneDNN multiplies.
+
+    It keeps a kernel for every size that it meets, and with some processors' bfloat16 loses up to a third of its speed
+    at sizes that are not round.
+    """
+    dtype = next(model.parameters()).dtype
+    made_to_size = device.type == "cpu" and (
+        dtype == torch.bfloat16 or (dtype == torch.float32 and onednn_multiplies())
+    )
+    return Layout(end_to_end=True, multiple=48 if made_to_size else 1)
 
 
 def _on(network: Network, batch: Batch, task: str) -> Tensor:

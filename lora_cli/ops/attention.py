@@ -3,8 +3,8 @@
     o_t = sum_u softmax_u(s q_t . k_u) v_u       over the u that t may see      arXiv:1706.03762, eq. 1
 
 Three ways, chosen by ``attend_rows``: on CUDA flash attention over variable lengths; on the CPU blocks of queries
-(``blocked_attention``); and row by row with torch's own kernel for what those two cannot do (dropout, a soft cap
-or float32 on CUDA).
+(``blocked_attention``); and row by row with torch's own kernel for what flash attention cannot do (dropout, a soft
+cap, float32).
 
 Shape suffixes: N tokens of all rows, M keys that they see, H query heads, K key-value heads, D head size, T tokens or
 keys of one row.
@@ -33,8 +33,8 @@ def attend_rows(
     """(N, H, D): each token attends within its own row, and to the prefix that it shares with others."""
     key_MKD, value_MKD = rows.source(rows, key_NKD, value_NKD)
     device = rows.stands_for or query_NHD.device.type
-    if dropout == 0.0 and device == "cpu":
-        return attend_in_blocks(query_NHD, key_MKD, value_MKD, rows, sight)
+    if device == "cpu":
+        return attend_in_blocks(query_NHD, key_MKD, value_MKD, rows, sight, dropout)
     if dropout == 0.0 and sight.softcap is None and device == "cuda" and query_NHD.dtype.itemsize == 2:
         return _flash(query_NHD, key_MKD, value_MKD, rows, sight)
     return _row_by_row(query_NHD, key_MKD, value_MKD, rows, sight, dropout)

@@ -10,8 +10,9 @@ all tiles, with padding; in a tile S matrices, Q queries times H / K, T keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,35 +20,63 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_cli.ops.precision import wide_product, wide_type
+from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows, own_keys
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import Tile, Tiling, tiling_of
 
 
-def attend_in_blocks(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
+def attend_in_blocks(
+    query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight, dropout: float = 0.0
+) -> Tensor:
     """(N, H, D). Keys and values are those of ``rows.key_lengths``: each row's own, behind the shared prefix."""
-    return _BlockedAttention.apply(query_NHD, key_MKD, value_MKD, rows, sight)
+    dropped = Dropped(dropout, int(torch.empty((), dtype=torch.int64).random_())) if dropout else None
+    return _BlockedAttention.apply(query_NHD, key_MKD, value_MKD, rows, sight, dropped)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Which probabilities count nothing: drawn for each tile from a seed, so that they can be drawn again."""
+
+    share: float
+    seed: int
+
+    def factors(self, number: int, p_SQT: Tensor) -> Tensor:
+        """(S, Q, T) for the tile of this number: 0, or what keeps the mean where it was."""
+        draw = torch.Generator().manual_seed((self.seed + number) % 2**63)
+        left = 1 - self.share
+        return torch.empty_like(p_SQT).bernoulli_(left, generator=draw).div_(left or 1)
 
 
 class _BlockedAttention(torch.autograd.Function):
     """Saves queries, keys and values as they came, and of short rows the probabilities; tiles are filled anew."""
 
     @staticmethod
-    def forward(ctx: Any, query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
+    def forward(
+        ctx: Any,
+        query_NHD: Tensor,
+        key_MKD: Tensor,
+        value_MKD: Tensor,
+        rows: Rows,
+        sight: Sight,
+        dropped: Dropped | None,
+    ) -> Tensor:
         tiling = tiling_of(rows, query_NHD, key_MKD, sight)
         q_LD, k_FD, v_FD = _in_tiles(tiling, query_NHD, key_MKD, value_MKD, sight)
         out_LD = v_FD.new_empty(len(q_LD), v_FD.shape[1])
         trains, kept = any(ctx.needs_input_grad), []
         in_turn = rows.in_turn(tiling.tiles)
-        for tile in in_turn:
+        for number, tile in enumerate(in_turn):
             p_SQT, _ = _probabilities(tile, tile.of_queries(q_LD), _keys(tile, k_FD), sight)
-            _product(p_SQT, _keys(tile, v_FD), out=tile.of_queries(out_LD))
+            counted_SQT = p_SQT if dropped is None else p_SQT * dropped.factors(number, p_SQT)
+            _product(counted_SQT, _keys(tile, v_FD), out=tile.of_queries(out_LD))
             if trains and _keeps(tile, sight):
                 kept.append(p_SQT)
         if trains and len(in_turn) < len(tiling.tiles):  # a rehearsal: the others leave no less behind
             others = [tile for tile in tiling.tiles if tile is not in_turn[0] and _keeps(tile, sight)]
             kept += [v_FD.new_empty(tile.num_scores) for tile in others]
         ctx.rows, ctx.sight = replace(rows, source=own_keys), sight  # a source may hold keys and values
+        ctx.dropped = dropped
         ctx.save_for_backward(query_NHD, key_MKD, value_MKD, *kept)
         return tiling.queries.empty(out_LD, query_NHD.shape[1])
 
@@ -61,11 +90,13 @@ class _BlockedAttention(torch.autograd.Function):
         dq_LD = torch.empty_like(q_LD)
         dk_FD, dv_FD = (torch.zeros_like(t, dtype=wide_type(t.dtype)) for t in (k_FD, v_FD))
         kept = iter(probabilities)
-        for tile in ctx.rows.in_turn(tiling.tiles):
-            _tile_backward(tile, (q_LD, k_FD, v_FD), do_LD, (dq_LD, dk_FD, dv_FD), ctx.sight, kept)
+        for number, tile in enumerate(ctx.rows.in_turn(tiling.tiles)):
+            p_SQT = next(kept) if _keeps(tile, ctx.sight) else None
+            drop = None if ctx.dropped is None else partial(ctx.dropped.factors, number)
+            _tile_backward(tile, (q_LD, k_FD, v_FD), do_LD, (dq_LD, dk_FD, dv_FD), ctx.sight, p_SQT, drop)
         dk_FD.mul_(ctx.sight.scaling)
         dk_MKD, dv_MKD = (tiling.keys.empty(t.to(key_MKD.dtype), key_MKD.shape[1]) for t in (dk_FD, dv_FD))
-        return tiling.queries.empty(dq_LD, query_NHD.shape[1]), dk_MKD, dv_MKD, None, None
+        return tiling.queries.empty(dq_LD, query_NHD.shape[1]), dk_MKD, dv_MKD, None, None, None
 
 
 def _in_tiles(
@@ -83,19 +114,25 @@ def _tile_backward(
     do_LD: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
     sight: Sight,
-    kept: Iterator[Tensor],
+    p_SQT: Tensor | None,
+    drop: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """With P = softmax(S): dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)). Writes dQ, adds to dK and dV.
+    """With P = softmax(S): dV = (F P)^T dO, dP = F (dO V^T), dS = P (dP - rowsum(P dP)). Writes dQ, adds to dK and dV.
 
-    Queries that are padding have dO = 0, and so add nothing anywhere.
+    F are the factors of dropout. Queries that are padding have dO = 0, and so add nothing anywhere.
     """
     q_LD, k_FD, v_FD = inputs
     dq_LD, dk_FD, dv_FD = gradients
     q, do, k = tile.of_queries(q_LD), tile.of_queries(do_LD), _keys(tile, k_FD)
-    keeps = _keeps(tile, sight)
-    p_SQT, tanh_SQT = (next(kept), None) if keeps else _probabilities(tile, q, k, sight)
-    tile.of_keys(dv_FD).add_(_product(p_SQT.transpose(1, 2), do))
+    tanh_SQT = None
+    if p_SQT is None:
+        p_SQT, tanh_SQT = _probabilities(tile, q, k, sight)
+    factors_SQT = None if drop is None else drop(p_SQT)
+    counted_SQT = p_SQT if factors_SQT is None else p_SQT * factors_SQT
+    tile.of_keys(dv_FD).add_(_product(counted_SQT.transpose(1, 2), do))
     dp_SQT = _product(do, _keys(tile, v_FD).transpose(1, 2))
+    if factors_SQT is not None:
+        dp_SQT.mul_(factors_SQT)
     ds_SQT = torch._softmax_backward_data(dp_SQT, p_SQT, -1, p_SQT.dtype)
     if tanh_SQT is not None:
         ds_SQT.mul_(1 - tanh_SQT.square())
@@ -129,11 +166,12 @@ def _keys(tile: Tile, x_FD: Tensor) -> Tensor:
 def _product(a_SMK: Tensor, b_SKN: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, in ``out`` where it is given.
 
-    Products of four bytes and more are dealt out to threads whole: of an odd number the last one is cut up instead.
+    MKL deals products out to threads whole: of an odd number the last one is cut up instead.
     """
     if out is None:
         out = a_SMK.new_empty(len(a_SMK), a_SMK.shape[1], b_SKN.shape[2])
-    odd = len(a_SMK) % 2 and a_SMK.dtype.itemsize > 2 and torch.get_num_threads() % 2 == 0
+    whole = a_SMK.dtype.itemsize > 2 and not (a_SMK.dtype == torch.float32 and onednn_multiplies())
+    odd = whole and len(a_SMK) % 2 and torch.get_num_threads() % 2 == 0
     even = len(a_SMK) - 1 if odd else len(a_SMK)
     if even:
         torch.bmm(a_SMK[:even], b_SKN[:even], out=out[:even])

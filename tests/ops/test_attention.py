@@ -274,6 +274,37 @@ def test_dropout_is_drawn_and_leaves_the_mean_where_it_was():
     assert float((drawn.mean(0) - without).norm() / without.norm()) < 0.05
 
 
+@pytest.mark.parametrize("sight", [Sight(0.4), Sight(0.4, window=5), Sight(0.4, causal=False), Sight(0.4, softcap=2.0)])
+@pytest.mark.parametrize("kept_keys", [0, 512])
+def test_with_dropout_every_gradient_is_that_of_the_same_draw(sight, kept_keys, monkeypatch):
+    """Against finite differences: what is drawn in the forward pass is drawn again in the backward pass."""
+    monkeypatch.setattr(tiles, "KEPT_KEYS", kept_keys)
+    tiles.forget_tilings()
+    inputs, _ = draw(torch.float64, [9, 70, 5])
+    rows, share = Rows.of([9, 70, 5]), 0.3
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return attend_rows(*tensors, rows, sight, share)
+
+    assert torch.autograd.gradcheck(attend, [tensor.requires_grad_() for tensor in inputs], fast_mode=True)
+    assert not torch.allclose(attend(*inputs), attend_rows(*inputs, rows, sight), rtol=0.05)
+
+
+def test_each_probability_is_dropped_by_itself_and_as_often_as_asked():
+    """All keys are equal, so that a query's probabilities are 1/T; values tell which of them counted."""
+    length, share = 64, 0.25
+    alike, rows = torch.zeros(length, 1, length), Rows.of([length])
+    values = torch.eye(length)[:, None]
+    torch.manual_seed(0)
+    counted = attend_rows(alike, alike, values, rows, Sight(1.0, causal=False), share)[:, 0] * length
+    assert ((counted == 0) | ((counted - 1 / (1 - share)).abs() < 1e-6)).all()
+    number, expected = int((counted == 0).sum()), share * length**2
+    assert abs(number - expected) < 4 * (expected * (1 - share)) ** 0.5
+    assert len({tuple(row.tolist()) for row in counted}) == length  # no two queries drop the same keys
+    assert attend_rows(alike, alike, values, rows, Sight(1.0, causal=False), 1.0).abs().max() == 0
+
+
 SIGNATURES = {
     "2.10": {"is_causal"},
     "2.11": {"scale", "window_size"},

@@ -43,6 +43,7 @@ def train(
 ) -> None:
     if keep_freed:
         device.keep_freed_memory()
+        device.keep_fewer_kernels()
     shape = job.shape
     if plain:
         shape = shape.plain

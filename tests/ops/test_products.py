@@ -1,0 +1,121 @@
+"""Which library multiplies float32 matrices: chosen only where it is faster, and only if it rounds nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_cli.ops import products
+
+LARGE, SMALL = (256, 257), (255, 256)  # around 2^16 weights
+
+
+@pytest.fixture
+def hampered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor on which MKL leaves half of the speed unused."""
+    monkeypatch.setattr(products, "_hampered", lambda: True)
+    monkeypatch.setattr(products, "_multiplies_exactly", lambda: True)
+
+
+def weights(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.usefixtures("hampered")
+@pytest.mark.parametrize(
+    ("given", "faster"),
+    [
+        (weights(LARGE), True),
+        (weights(SMALL), False),
+        (weights(SMALL, SMALL, LARGE), False),  # a large vocabulary on a small model
+        (weights(LARGE, LARGE, SMALL), True),
+        (weights(LARGE, dtype=torch.bfloat16), False),
+        (weights(LARGE, dtype=torch.float64), False),
+        ([torch.zeros(LARGE, device="meta")], False),
+        ([], False),
+    ],
+)
+def test_large_float32_matrices_of_the_cpu_are_given_to_onednn(given, faster):
+    assert products.choose_products(given) == faster
+    assert products.onednn_multiplies() == faster
+    assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if faster else "none")
+    products.choose_products([])  # the next model's matrices decide anew
+    assert not products.onednn_multiplies()
+
+
+@pytest.mark.parametrize("found", ["_hampered", "_multiplies_exactly"])
+def test_not_where_mkl_is_fast_nor_where_a_trial_shows_rounding(found, hampered, monkeypatch):
+    monkeypatch.setattr(products, found, lambda: False)
+    assert not products.choose_products(weights(LARGE))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("sizes", products.TRIAL_SIZES)
+def test_the_trial_passes_in_float32_and_would_show_any_bit_lost(sizes, monkeypatch):
+    assert products._is_exact(*sizes)
+    fine = products._fine
+    for narrow in (torch.bfloat16, torch.float16):
+        monkeypatch.setattr(products, "_fine", lambda m, k, narrow=narrow: _Rounding.wrap(fine(m, k), narrow))
+        assert not products._is_exact(*sizes)
+
+
+class _Rounding(torch.Tensor):
+    """Numbers that are rounded where they are multiplied, and nowhere else."""
+
+    narrow: torch.dtype
+
+    @staticmethod
+    def wrap(tensor: torch.Tensor, narrow: torch.dtype) -> "_Rounding":
+        wrapped = tensor.as_subclass(_Rounding)
+        wrapped.narrow = narrow
+        return wrapped
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        narrow = next((a.narrow for a in args if isinstance(a, _Rounding)), torch.bfloat16)
+        plain = [a.as_subclass(torch.Tensor) if isinstance(a, _Rounding) else a for a in args]
+        multiplies = function.__name__ in ("matmul", "__matmul__", "__rmatmul__", "bmm", "addmm")
+        if multiplies:
+            plain = [a.to(narrow).float() for a in plain]
+        result = function(*plain, **(kwargs or {}))
+        return result if multiplies or not isinstance(result, torch.Tensor) else cls.wrap(result, narrow)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(97, 576, 1536), (256, 1536, 576), (48, 64, 48), (131, 16, 576)])
+def test_products_are_as_exact_as_before(m, k, n):
+    """Within float32's error of a sum of k terms; a product of rounded factors is not."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("with AMX the setting means bfloat16, and is never chosen")
+    torch.manual_seed(0)
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    exact = a.double() @ b.double()
+    bound = 2**-24 * k * (a.double().abs() @ b.double().abs())
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    ways = [a @ b, a @ b.T.contiguous().T, (b.T @ a.T).T, torch.bmm(a[None], b[None])[0], torch.addmm(a @ b, a, b) / 2]
+    for product in ways:
+        assert ((product.double() - exact).abs() <= bound).all()
+    rounded = a.bfloat16().double() @ b.bfloat16().double()
+    assert not ((rounded - exact).abs() <= bound).all()
+
+
+def test_a_processor_says_who_made_it(tmp_path, monkeypatch):
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr(products, "Path", lambda _: Path(told))
+    assert products._maker() is None
+    told.write_text("processor : 0\nvendor_id\t: AuthenticAMD\nmodel name : any\n", encoding="utf-8")
+    assert products._maker() == "AuthenticAMD"
+    told.write_text("processor : 0\n", encoding="utf-8")
+    assert products._maker() is None
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", None])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_mkl_is_slow_on_other_makers_processors_with_avx512(maker, amx, capability, monkeypatch):
+    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    asked = products._hampered.__wrapped__()
+    assert asked == (maker == "AuthenticAMD" and not amx and capability == "AVX512")
