@@ -27,6 +27,7 @@ from lora_cli.fusion.forms import Calls, adopt, forms_of
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.fusion.proof import (
     LEAST_SHARED,
+    choose_products_for,
     has_dropout,
     layout_of,
     looked_at,
@@ -135,6 +136,7 @@ def outline_network(
     model: PreTrainedModel, task: str, device: torch.device, *, attention: str = "auto", fused: bool = True
 ) -> Network:
     """How ``build_network`` would run this model on ``device``, judged by its looks. The model is on meta."""
+    choose_products_for(model, device)
     network = Network(model)
     if attention == "auto" and why_not_end_to_end(model) is None:
         network = _end_to_end(network, task, device) or network

@@ -9,6 +9,7 @@ Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.layer import LINEAR_TYPES, has_hooks, projection_of
+from lora_cli.adapters.layer import LINEAR_TYPES, features, has_hooks, projection_of
 from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
@@ -59,7 +60,7 @@ def build_network(
     makes single kernels of the fused forms' element-wise work, as is always tried on CUDA.
     """
     was_training = model.training
-    choose_products(module.weight for module in model.modules() if isinstance(module, LINEAR_TYPES))
+    choose_products_for(model, next(model.parameters()).device)
     model.eval()
     try:
         return _Prover(model, task, compile).network(end_to_end=attention == "auto", fused=fused)
@@ -236,6 +237,12 @@ def why_not_end_to_end(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "attention_chunk_size", None):
         return "this architecture attends in chunks"
     return None
+
+
+def choose_products_for(model: nn.Module, device: torch.device) -> None:
+    """Which library multiplies, by the sizes of the linear layers, packed ones as what they are unpacked to."""
+    sizes = (math.prod(features(module)) for module in model.modules() if isinstance(module, LINEAR_TYPES))
+    choose_products(sizes, next(model.parameters()).dtype, device)
 
 
 def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:

@@ -24,12 +24,14 @@ LEAST_WEIGHTS = 2**16
 TRIAL_SIZES = ((96, 64, 80), (131, 576, 16), (16, 200, 320))  # M, K, N
 
 
-def choose_products(weights: Iterable[Tensor]) -> bool:
-    """Let the faster library multiply with these matrices, exactly; whether that is not the one torch would take.
+def choose_products(weights: Iterable[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Let the faster library multiply with matrices of so many weights; whether that is not the one torch would take.
 
     Sets what torch does in the whole process, so that a model's products are the same wherever they are made.
     """
-    faster = _pays(weights) and _hampered() and _multiplies_exactly()
+    faster = (
+        dtype == torch.float32 and device.type == "cpu" and _pays(weights) and _hampered() and _multiplies_exactly()
+    )
     _library().fp32_precision = "bf16" if faster else "none"
     return faster
 
@@ -43,9 +45,9 @@ def _library() -> Any:
     return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-def _pays(weights: Iterable[Tensor]) -> bool:
-    sizes = sorted(w.numel() for w in weights if w.dtype == torch.float32 and w.device.type == "cpu")
-    return bool(sizes) and sizes[len(sizes) // 2] >= LEAST_WEIGHTS
+def _pays(weights: Iterable[int]) -> bool:
+    ordered = sorted(weights)
+    return bool(ordered) and ordered[len(ordered) // 2] >= LEAST_WEIGHTS
 
 
 @cache

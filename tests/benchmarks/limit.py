@@ -9,6 +9,9 @@ Counted is, for each step of the measured passes, in the step's dtype and at its
 - the same two for the output head (a classifier: the pooler), and of the last layer for all but keys and values, at
   the M supervised positions only (a classifier: one a row).
 
+Where lora has float32 multiplied by the faster of torch's two libraries, that is the limit; what torch makes of the
+same products by itself, and so for everybody else, is measured as well.
+
 Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each
 layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes,
 the passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be faster than
@@ -28,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.device import keep_freed_memory
-from tests.benchmarks.products import Product, product_flops, products
+from lora_cli.ops.products import choose_products
+from tests.benchmarks.products import BY_ITSELF, Product, product_flops, products
 from tests.benchmarks.shapes import SHAPES, Shape
 
 MULTIPLES = (1, 48)
@@ -37,18 +41,24 @@ Sizes = tuple[int, int]  # tokens, supervised positions
 
 @torch.no_grad()
 def measure_limit(shape: Shape) -> dict[str, float]:
-    """Real tokens and operations per second of the products alone."""
+    """Real tokens and operations per second of the products alone; where they differ, tokens as torch multiplies."""
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make = partial(torch.randn, dtype=getattr(torch, shape.dtype), device=device)
     weights = [(product, make(product.outputs, product.inputs)) for product in products(shape)]
     sizes = [(sum(len(row.ids) for row in step), sum(row.num_targets for row in step)) for step in shape.step_rows()]
-    seconds = min(
-        _seconds(weights, [_filled(s, multiple) for s in sizes], shape.passes, make) for multiple in MULTIPLES
-    )
+
+    def fastest() -> float:
+        ways = ([_filled(size, multiple) for size in sizes] for multiple in MULTIPLES)
+        return min(_seconds(weights, way, shape.passes, make) for way in ways)
+
     tokens = shape.passes * sum(tokens for tokens, _ in sizes)
+    by_itself = fastest()
+    differs = choose_products((weight.numel() for _, weight in weights), weights[0][1].dtype, device)
+    seconds = fastest() if differs else by_itself
     flops = shape.passes * product_flops(shape, shape.rows())
-    return {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+    found = {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+    return found | ({BY_ITSELF: tokens / by_itself} if differs else {})
 
 
 def _filled(sizes: Sizes, multiple: int) -> Sizes:

@@ -14,6 +14,8 @@ from typing import Any
 
 from tests.benchmarks.shapes import Row, Shape
 
+BY_ITSELF = "torch_tokens_per_second"  # of the limit: with the library that torch would take
+
 
 @dataclass(frozen=True)
 class Product:

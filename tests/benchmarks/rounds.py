@@ -44,7 +44,7 @@ def _entries(shape: Shape, chosen: list[str], cuda: bool, ablation: bool) -> dic
     """Who takes part, and why not."""
     entries = {name: CONTENDERS[name].why_not(shape, cuda=cuda) for name in chosen}
     if ablation:
-        entries |= dict.fromkeys(ABLATIONS)
+        entries |= {name: ABLATIONS[name].why_not(shape, cuda=cuda) for name in ABLATIONS}
     return entries | {LIMIT: None}
 
 

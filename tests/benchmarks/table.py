@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.figures import Spread, Values, ratios, scaled
-from tests.benchmarks.products import card_peak
+from tests.benchmarks.products import BY_ITSELF, card_peak
 
 OURS = "lora"
 MARK = "bench"
@@ -67,7 +67,7 @@ def training_table(name: str, section: dict[str, Any], machine: dict[str, Any]) 
         if machine["cuda"]:
             cells.append(_utilisation(speed, section["model_flops_per_token"], machine["device"]))
         made.rows.append((contender, *cells))
-    made.rows.append(_limit_row(limit, len(columns)))
+    made.rows.extend(_limit_rows(limit, len(columns)))
     return made
 
 
@@ -95,12 +95,15 @@ def _utilisation(speed: Values, flops_per_token: float, device: str) -> str:
     return "unknown card" if peak is None else Spread.of(scaled(speed, 100 * flops_per_token / peak)).text(1) + " %"
 
 
-def _limit_row(limit: dict[str, Values] | str, columns: int) -> tuple[str, ...]:
+def _limit_rows(limit: dict[str, Values] | str, columns: int) -> list[tuple[str, ...]]:
     name = "the limit: matrix products alone"
     if isinstance(limit, str):
-        return (name, limit, *[""] * (columns - 1))
-    tera = Spread.of(scaled(limit["flops_per_second"], 1e-12)).text()
-    return (name, Spread.of(limit["tokens_per_second"]).text(0), f"{tera} TFLOP/s", *[""] * (columns - 2))
+        return [(name, limit, *[""] * (columns - 1))]
+    tera = Spread.of(scaled(limit["flops_per_second"], 1e-12)).text() + " TFLOP/s"
+    rows = [(name, Spread.of(limit["tokens_per_second"]).text(0), tera)]
+    if BY_ITSELF in limit:
+        rows.append(("the same products as torch multiplies by itself", Spread.of(limit[BY_ITSELF]).text(0), ""))
+    return [(*row, *[""] * (columns - 2)) for row in rows]
 
 
 def ablation_table(name: str, section: dict[str, Any]) -> Table:

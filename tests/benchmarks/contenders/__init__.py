@@ -22,6 +22,7 @@ class Contender:
     needs_lengths: bool = False  # is nothing new where all rows are alike
     needs_variant: bool = False  # is nothing new where the shape is plain
     needs_prefix: bool = False  # is nothing new where rows have nothing in common
+    needs_float32: bool = False  # is nothing new in other types
 
     def train(self) -> Any:
         module, _, function = self.place.rpartition(".")
@@ -37,6 +38,8 @@ class Contender:
             return "the same: the shape is plain"
         if self.needs_prefix and not shape.prefix:
             return "the same: rows have nothing in common"
+        if self.needs_float32 and (shape.dtype != "float32" or cuda):
+            return "the same: products are not float32's on a CPU"
         if self.needs_cuda and not cuda:
             return "not measured: no CUDA device"
         needed = (*self.modules, *(["bitsandbytes"] if shape.quantization != "none" else []))
@@ -64,5 +67,6 @@ ABLATIONS = {
     "lora, last layer on every token": Contender("ours.train_whole"),
     "lora, no fused forms": Contender("ours.train_unfused"),
     "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
+    "lora, float32 multiplied as torch does": Contender("ours.train_as_torch_multiplies", needs_float32=True),
     "lora, freed memory given back": Contender("ours.train_giving_back"),
 }

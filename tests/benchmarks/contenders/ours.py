@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from lora_cli import device
 from lora_cli.adapters.initialisation import initialise
@@ -22,6 +23,7 @@ from lora_cli.data.batches import StepPlan
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.proof import build_network
 from lora_cli.models import head_modules
+from lora_cli.ops.products import choose_products
 from lora_cli.recipe import LoraSection, TrainingSection
 from lora_cli.tasks import TASKS
 from lora_cli.training.loop import LoopSettings, train_steps
@@ -40,6 +42,7 @@ def train(
     plain: bool = False,
     shared: bool = True,
     whole: bool = False,
+    by_torch: bool = False,
 ) -> None:
     if keep_freed:
         device.keep_freed_memory()
@@ -62,6 +65,8 @@ def train(
         network = replace(network, layout=replace(network.layout, share=0))
     if whole:
         network = replace(network, layout=replace(network.layout, looks_at=None))
+    if by_torch:
+        choose_products((), torch.float32, job.device)
     optimizer = FlatAdamW(model, TrainingSection())
     task = TASKS[shape.task]
     for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
@@ -90,6 +95,10 @@ def train_unfused(job: Job) -> None:
 
 def train_unshared(job: Job) -> None:
     train(job, shared=False)
+
+
+def train_as_torch_multiplies(job: Job) -> None:
+    train(job, by_torch=True)
 
 
 def train_giving_back(job: Job) -> None:
