@@ -208,10 +208,11 @@ def projection_of(module: nn.Module) -> Projection | None:
     if not isinstance(module, LoRALinear):
         return frozen_projection(module)
     frozen = frozen_projection(module.base)
-    if frozen is None or has_hooks(module) or not isinstance(module.dropout, nn.Identity):
+    if frozen is None or has_hooks(module):
         return None
     a_RI, b_OR = module.factors()
-    return Projection(frozen.weight, frozen.bias, a_RI, b_OR, module.scaling, module.gain(), frozen.unpack)
+    share = module.dropout.p if isinstance(module.dropout, nn.Dropout) and module.training else 0.0
+    return Projection(frozen.weight, frozen.bias, a_RI, b_OR, module.scaling, module.gain(), frozen.unpack, share)
 
 
 def fold(

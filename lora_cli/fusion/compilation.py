@@ -9,6 +9,7 @@ from torch import nn
 from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
+from lora_cli.fusion.dropping import restore_dropout
 from lora_cli.fusion.ending import last_layer, lengthen
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
@@ -33,6 +34,7 @@ def compile_layers(network: Network) -> Network:
     last = last_layer(model)
     if last is not None and network.layout.looks_at is not None:
         lengthen(last)
+    restore_dropout(model)
     layers: list[nn.Module] = list(repeated_layers(model).values())
     for module in layers or [model]:
         module.compile(dynamic=True)

@@ -26,6 +26,7 @@ from lora_cli.data.encoding import Example
 from lora_cli.errors import UsageError
 from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.compilation import compile_layers
+from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, abandon, adopt, close
 from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
@@ -94,6 +95,7 @@ class _Prover:
         if fused:
             forms = self._adopt_forms(network, sights)
             network = replace(network, forms=forms, head=self._head(network))
+            quicken_dropout(self.model)
         network = self._ending(network)
         return replace(network, notes=tuple(self.notes))
 

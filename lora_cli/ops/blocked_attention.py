@@ -10,15 +10,14 @@ all tiles, with padding; in a tile S matrices, Q queries times H / K, T keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_cli.ops.dropout import draw_mask, masked, scale_of
 from lora_cli.ops.precision import wide_product, wide_type
 from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows, own_keys
@@ -41,11 +40,13 @@ class Dropped:
     share: float
     seed: int
 
-    def factors(self, number: int, p_SQT: Tensor) -> Tensor:
-        """(S, Q, T) for the tile of this number: 0, or what keeps the mean where it was."""
-        draw = torch.Generator().manual_seed((self.seed + number) % 2**63)
-        left = 1 - self.share
-        return torch.empty_like(p_SQT).bernoulli_(left, generator=draw).div_(left or 1)
+    def mask(self, number: int, scores_SQT: Tensor) -> Tensor:
+        """(S, Q, T) for the tile of this number."""
+        generator = torch.Generator().manual_seed((self.seed + number) % 2**63)
+        return draw_mask(scores_SQT.shape, self.share, scores_SQT.device, generator)
+
+    def counted(self, x_SQT: Tensor, mask_SQT: Tensor) -> Tensor:
+        return masked(x_SQT, mask_SQT).mul_(scale_of(self.share))
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -68,7 +69,7 @@ class _BlockedAttention(torch.autograd.Function):
         in_turn = rows.in_turn(tiling.tiles)
         for number, tile in enumerate(in_turn):
             p_SQT, _ = _probabilities(tile, tile.of_queries(q_LD), _keys(tile, k_FD), sight)
-            counted_SQT = p_SQT if dropped is None else p_SQT * dropped.factors(number, p_SQT)
+            counted_SQT = p_SQT if dropped is None else dropped.counted(p_SQT, dropped.mask(number, p_SQT))
             _product(counted_SQT, _keys(tile, v_FD), out=tile.of_queries(out_LD))
             if trains and _keeps(tile, sight):
                 kept.append(p_SQT)
@@ -92,7 +93,7 @@ class _BlockedAttention(torch.autograd.Function):
         kept = iter(probabilities)
         for number, tile in enumerate(ctx.rows.in_turn(tiling.tiles)):
             p_SQT = next(kept) if _keeps(tile, ctx.sight) else None
-            drop = None if ctx.dropped is None else partial(ctx.dropped.factors, number)
+            drop = None if ctx.dropped is None else (ctx.dropped, number)
             _tile_backward(tile, (q_LD, k_FD, v_FD), do_LD, (dq_LD, dk_FD, dv_FD), ctx.sight, p_SQT, drop)
         dk_FD.mul_(ctx.sight.scaling)
         dk_MKD, dv_MKD = (tiling.keys.empty(t.to(key_MKD.dtype), key_MKD.shape[1]) for t in (dk_FD, dv_FD))
@@ -115,7 +116,7 @@ def _tile_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
     sight: Sight,
     p_SQT: Tensor | None,
-    drop: Callable[[Tensor], Tensor] | None,
+    drop: tuple[Dropped, int] | None,
 ) -> None:
     """With P = softmax(S): dV = (F P)^T dO, dP = F (dO V^T), dS = P (dP - rowsum(P dP)). Writes dQ, adds to dK and dV.
 
@@ -127,12 +128,12 @@ def _tile_backward(
     tanh_SQT = None
     if p_SQT is None:
         p_SQT, tanh_SQT = _probabilities(tile, q, k, sight)
-    factors_SQT = None if drop is None else drop(p_SQT)
-    counted_SQT = p_SQT if factors_SQT is None else p_SQT * factors_SQT
+    dp_SQT, counted_SQT = _product(do, _keys(tile, v_FD).transpose(1, 2)), p_SQT
+    if drop is not None:
+        dropped, number = drop
+        mask_SQT = dropped.mask(number, p_SQT)
+        dp_SQT, counted_SQT = dropped.counted(dp_SQT, mask_SQT), dropped.counted(p_SQT, mask_SQT)
     tile.of_keys(dv_FD).add_(_product(counted_SQT.transpose(1, 2), do))
-    dp_SQT = _product(do, _keys(tile, v_FD).transpose(1, 2))
-    if factors_SQT is not None:
-        dp_SQT.mul_(factors_SQT)
     ds_SQT = torch._softmax_backward_data(dp_SQT, p_SQT, -1, p_SQT.dtype)
     if tanh_SQT is not None:
         ds_SQT.mul_(1 - tanh_SQT.square())

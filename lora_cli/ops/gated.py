@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_cli.ops.dropout import scale_of
 from lora_cli.ops.kernels import kernel
-from lora_cli.ops.low_rank import Projection, Unpack, dense, project, through_gain
+from lora_cli.ops.low_rank import Fixed, Projection, add_through_a, dense, drawn, project, seen, through_gain
 
 Activation = Callable[[Tensor], Tensor]
 Derivative = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +45,8 @@ ACTIVATIONS: dict[str, tuple[Activation, Derivative]] = {
 def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection, *, compile: bool = False) -> Tensor:
     """(..., O) from gate and up (..., I)."""
     gate_NI, up_NI = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
-    y_NO = _GatedLowRank.apply(gate_NI, up_NI, activation, down.scaling, down.unpack, compile, *down.tensors)
+    fixed = Fixed(down.scaling, down.unpack, down.dropout)
+    y_NO = _GatedLowRank.apply(gate_NI, up_NI, activation, fixed, compile, *down.tensors)
     return y_NO.reshape(*gate.shape[:-1], y_NO.shape[-1])
 
 
@@ -67,8 +69,7 @@ class _GatedLowRank(torch.autograd.Function):
         gate_NI: Tensor,
         up_NI: Tensor,
         activation: str,
-        scaling: float,
-        unpack: Unpack | None,
+        fixed: Fixed,
         compile: bool,
         weight: Tensor,
         bias_O: Tensor | None,
@@ -77,31 +78,34 @@ class _GatedLowRank(torch.autograd.Function):
         gain_O: Tensor | None,
     ) -> Tensor:
         h_NI = kernel(_inner, compile)(gate_NI, up_NI, ACTIVATIONS[activation][0])
-        z_NR = cast_A = scaled_B = None
+        z_NR = cast_A = scaled_B = mask_NI = None
         if a_RI is not None and b_OR is not None:
-            cast_A, scaled_B = a_RI.to(h_NI.dtype), (b_OR * scaling).to(h_NI.dtype)
-            z_NR = h_NI @ cast_A.T
-        y_NO = project(h_NI, dense(weight, unpack, h_NI.dtype), bias_O, z_NR, scaled_B, gain_O)
-        ctx.activation, ctx.scaling, ctx.unpack, ctx.compile = activation, scaling, unpack, compile
+            cast_A, mask_NI = drawn(a_RI, h_NI, fixed.dropout)
+            scaled_B = (b_OR * fixed.scaling).to(h_NI.dtype)
+            z_NR = seen(h_NI, mask_NI) @ cast_A.T
+        y_NO = project(h_NI, dense(weight, fixed.unpack, h_NI.dtype), bias_O, z_NR, scaled_B, gain_O)
+        ctx.activation, ctx.fixed, ctx.compile = activation, fixed, compile
         ctx.dtype = None if b_OR is None else b_OR.dtype
         for_gain = (None, None, None) if gain_O is None else (y_NO, bias_O, gain_O)
-        ctx.save_for_backward(gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, *for_gain)
+        ctx.save_for_backward(gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, mask_NI, *for_gain)
         return y_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Any, ...]:
-        gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, y_NO, bias_O, gain_O = ctx.saved_tensors
+        gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, mask_NI, y_NO, bias_O, gain_O = ctx.saved_tensors
         act, derivative = ACTIVATIONS[ctx.activation]
         da_RI = db_OR = dgain_O = None
         if gain_O is not None:
             dy_NO, dgain_O = through_gain(dy_NO, y_NO, bias_O, gain_O)
-        dh_NI = dy_NO @ dense(weight, ctx.unpack, dy_NO.dtype)
+        dh_NI = dy_NO @ dense(weight, ctx.fixed.unpack, dy_NO.dtype)
         if scaled_B is not None:
             g_NR = dy_NO @ scaled_B
-            dh_NI.addmm_(g_NR, cast_A)
-            db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.scaling)
+            add_through_a(dh_NI, g_NR, cast_A, mask_NI)
+            db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.fixed.scaling)
         h_NI, dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
         if scaled_B is not None:
-            da_RI = (g_NR.T @ h_NI).to(ctx.dtype)
-        return dgate_NI, dup_NI, None, None, None, None, None, None, da_RI, db_OR, dgain_O
+            da_RI = (g_NR.T @ seen(h_NI, mask_NI)).to(ctx.dtype)
+            if mask_NI is not None:
+                da_RI *= scale_of(ctx.fixed.dropout)
+        return dgate_NI, dup_NI, None, None, None, None, None, da_RI, db_OR, dgain_O

@@ -3,8 +3,10 @@
     y_i = g_i (W_i x + s_i B_i A_i x) + b_i        arXiv:2106.09685, eq. 3; with a gain g arXiv:2402.09353, eq. 5
 
 One autograd node for all of them. What it saves for the backward pass is x, the R-sized A x, the small matrices,
-and the outputs of those that have a gain; the frozen weights get no gradient work, the A's are stacked into one
-product, and every sum is accumulated inside a matrix product.
+the outputs of those that have a gain, and a byte for each number that dropout decides about; the frozen weights get no
+gradient work, the A's are stacked into one product, and every sum is accumulated inside a matrix product.
+
+With dropout A_i sees drop_i(x), each its own draw. The factor 1 / (1 - p) goes to the small matrix instead of x.
 
 Shape suffixes: N tokens, I in_features, O out_features, R rank.
 """
@@ -13,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lora_cli.ops.dropout import draw_mask, masked, scale_of
 
 Unpack = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -34,6 +38,7 @@ class Projection:
     scaling: float = 1.0
     gain: Tensor | None = None  # (O,) in the wide type: what DoRA multiplies each output feature with
     unpack: Unpack | None = None  # (packed weight, dtype) -> (O, I): of a quantized one, made anew for each product
+    dropout: float = 0.0  # on the input of A
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -43,12 +48,20 @@ class Projection:
 TENSORS = 5  # of a projection
 
 
+class Fixed(NamedTuple):
+    """What a projection has beside its tensors."""
+
+    scaling: float
+    unpack: Unpack | None
+    dropout: float
+
+
 def low_rank_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Every projection of x (..., I), in x's dtype: (..., O_1), (..., O_2) and so on.
 
     A's and B's of another dtype are rounded to x's for the products; their gradients come back in their own.
     """
-    fixed = [(p.scaling, p.unpack) for p in projections]
+    fixed = [Fixed(p.scaling, p.unpack, p.dropout) for p in projections]
     outputs = _LowRankLinear.apply(
         x.reshape(-1, x.shape[-1]), fixed, *(tensor for p in projections for tensor in p.tensors)
     )
@@ -101,13 +114,18 @@ def _above_one(gain_O: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, fixed: list[tuple[float, Unpack | None]], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_NI: Tensor, fixed: list[Fixed], *tensors: Any) -> tuple[Tensor, ...]:
         groups = [tensors[i : i + TENSORS] for i in range(0, len(tensors), TENSORS)]
-        adapted = [a_RI.to(x_NI.dtype) for _, _, a_RI, _, _ in groups if a_RI is not None]
+        adapted, masks = [], []
+        for (_, _, a_RI, _, _), (_, _, share) in zip(groups, fixed, strict=True):
+            if a_RI is not None:
+                cast_A, mask_NI = drawn(a_RI, x_NI, share)
+                adapted.append(cast_A)
+                masks.append(mask_NI)
         stacked_A = torch.cat(adapted) if len(adapted) > 1 else adapted[0] if adapted else None
-        z_NR = x_NI @ stacked_A.T if stacked_A is not None else None
+        z_NR = _through_a(x_NI, adapted, stacked_A, masks) if stacked_A is not None else None
         outputs, scaled_Bs, start = [], [], 0
-        for (weight, bias_O, a_RI, b_OR, gain_O), (scaling, unpack) in zip(groups, fixed, strict=True):
+        for (weight, bias_O, a_RI, b_OR, gain_O), (scaling, unpack, _) in zip(groups, fixed, strict=True):
             z = scaled_B = None
             if a_RI is not None and z_NR is not None:
                 z = z_NR[:, start : start + a_RI.shape[0]]
@@ -122,13 +140,15 @@ class _LowRankLinear(torch.autograd.Function):
             for (weight, bias_O, _, _, gain_O), scaled_B, y_NO in zip(groups, scaled_Bs, outputs, strict=True)
         ]
         ctx.set_materialize_grads(False)  # an output that nothing used has no gradient, rather than zeros
-        ctx.save_for_backward(x_NI, z_NR, stacked_A, *(tensor for group in kept for tensor in group))
+        ctx.num_masks = len(masks)
+        ctx.save_for_backward(x_NI, z_NR, stacked_A, *masks, *(tensor for group in kept for tensor in group))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x_NI, z_NR, stacked_A, *kept = ctx.saved_tensors
+        masks, kept = kept[: ctx.num_masks], kept[ctx.num_masks :]
         groups = [kept[i : i + 5] for i in range(0, len(kept), 5)]
         before_gain, results = _before_gain(gradients, groups)
         dx_NI = _input_gradient(before_gain, groups, ctx.fixed) if ctx.needs_input_grad[0] else None
@@ -143,13 +163,53 @@ class _LowRankLinear(torch.autograd.Function):
                 g_parts.append(z.new_zeros(z.shape))
                 continue
             g_parts.append(dy_NO @ scaled_B)  # (N, R), scaled already
-            results[number][3] = (dy_NO.T @ z).to(ctx.dtypes[number]).mul_(ctx.fixed[number][0])
+            results[number][3] = (dy_NO.T @ z).to(ctx.dtypes[number]).mul_(ctx.fixed[number].scaling)
         if g_parts:
-            g_NR = torch.cat(g_parts, 1) if len(g_parts) > 1 else g_parts[0]
-            _place_gradients_of_stack(results, g_NR.T @ x_NI, ctx)
-            if dx_NI is not None:
-                dx_NI.addmm_(g_NR, stacked_A)
+            _place_gradients_of_stack(results, _through_a_backward(g_parts, x_NI, stacked_A, masks, dx_NI), ctx)
         return (dx_NI, None, *(gradient for group in results for gradient in group))
+
+
+def _through_a(x_NI: Tensor, parts: list[Tensor], stacked_A: Tensor, masks: list[Tensor | None]) -> Tensor:
+    """(N, R): every A of what it sees of x; one product where all see the same."""
+    if not any(mask is not None for mask in masks):
+        return x_NI @ stacked_A.T
+    return torch.cat([seen(x_NI, mask) @ a_RI.T for a_RI, mask in zip(parts, masks, strict=True)], 1)
+
+
+def _through_a_backward(
+    g_parts: list[Tensor], x_NI: Tensor, stacked_A: Tensor, masks: list[Tensor | None], dx_NI: Tensor | None
+) -> Tensor:
+    """The gradient of the stack (R, I); adds to the input's, where that is wanted."""
+    if not any(mask is not None for mask in masks):
+        g_NR = torch.cat(g_parts, 1) if len(g_parts) > 1 else g_parts[0]
+        if dx_NI is not None:
+            dx_NI.addmm_(g_NR, stacked_A)
+        return g_NR.T @ x_NI
+    parts = stacked_A.split([g_NR.shape[1] for g_NR in g_parts])
+    if dx_NI is not None:
+        for g_NR, a_RI, mask in zip(g_parts, parts, masks, strict=True):
+            add_through_a(dx_NI, g_NR, a_RI, mask)
+    return torch.cat([g_NR.T @ seen(x_NI, mask) for g_NR, mask in zip(g_parts, masks, strict=True)])
+
+
+def drawn(a_RI: Tensor, x_NI: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    """A in the type of the product, with dropout's factor; and which numbers of x it sees, unless it sees all."""
+    if not share:
+        return a_RI.to(x_NI.dtype), None
+    return (a_RI * scale_of(share)).to(x_NI.dtype), draw_mask(x_NI.shape, share, x_NI.device)
+
+
+def seen(x_NI: Tensor, mask_NI: Tensor | None) -> Tensor:
+    """What is left of x for an A; without the factor 1 / (1 - p), which A has."""
+    return x_NI if mask_NI is None else masked(x_NI, mask_NI)
+
+
+def add_through_a(dx_NI: Tensor, g_NR: Tensor, a_RI: Tensor, mask_NI: Tensor | None) -> None:
+    """Add in place what comes back through an A and what it saw."""
+    if mask_NI is None:
+        dx_NI.addmm_(g_NR, a_RI)
+    else:
+        dx_NI.add_(masked(g_NR @ a_RI, mask_NI))
 
 
 def _before_gain(
@@ -167,11 +227,11 @@ def _before_gain(
 
 
 def _input_gradient(
-    gradients: Sequence[Tensor | None], groups: Sequence[Sequence[Any]], fixed: Sequence[tuple[float, Unpack | None]]
+    gradients: Sequence[Tensor | None], groups: Sequence[Sequence[Any]], fixed: Sequence[Fixed]
 ) -> Tensor:
     """sum_i dy_i W_i, accumulated inside the products. (N, I)"""
     dx_NI: Tensor | None = None
-    for dy_NO, (weight, *_), (_, unpack) in zip(gradients, groups, fixed, strict=True):
+    for dy_NO, (weight, *_), (_, unpack, _) in zip(gradients, groups, fixed, strict=True):
         if dy_NO is not None:
             weight_OI = dense(weight, unpack, dy_NO.dtype)
             dx_NI = dy_NO @ weight_OI if dx_NI is None else dx_NI.addmm_(dy_NO, weight_OI)
@@ -182,7 +242,8 @@ def _input_gradient(
 def _place_gradients_of_stack(results: list[list[Tensor | None]], stacked_RI: Tensor, ctx: Any) -> None:
     """Cut the gradient of the stacked A's apart, each to its projection; there is none where B got none."""
     start = 0
-    for result, rank, dtype in zip(results, ctx.ranks, ctx.dtypes, strict=True):
+    for result, rank, dtype, fixed in zip(results, ctx.ranks, ctx.dtypes, ctx.fixed, strict=True):
         if result[3] is not None:
-            result[2] = stacked_RI[start : start + rank].to(dtype)
+            gradient_RI = stacked_RI[start : start + rank].to(dtype)
+            result[2] = gradient_RI * scale_of(fixed.dropout) if fixed.dropout else gradient_RI
         start += rank

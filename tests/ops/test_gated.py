@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
 from lora_cli.ops.low_rank import Projection
-from tests.ops.test_low_rank import differences, in_float64, plain, typed
+from tests.ops.test_low_rank import differences, in_float64, plain, recorded_masks, typed
 
 PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -44,6 +45,22 @@ def test_output_and_every_gradient_are_the_formula_s(dtype, limit, activation, r
         gate.double(), up.double(), in_float64(down), lambda g, u, d: plain(PLAIN[activation](g) * u, d)
     )
     assert max(differences(ours, exact)) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1.5e-2)])
+def test_with_dropout_too(dtype, limit, monkeypatch):
+    masks = recorded_masks(monkeypatch)
+    gate, up, down = draw(dtype)
+    down = replace(down, dropout=0.3)
+    ours = outputs_and_gradients(gate, up, down, lambda g, u, d: gated_low_rank(g, u, "silu", d))
+    (mask,) = masks
+    doubled = replace(in_float64(down), dropout=0.3)
+    found = [
+        max(differences(ours, outputs_and_gradients(gate.double(), up.double(), doubled, formula)))
+        for formula in (lambda g, u, d: plain(F.silu(g) * u, d, mask), lambda g, u, d: plain(F.silu(g) * u, d))
+    ]
+    assert found[0] < limit
+    assert found[1] > 0.05  # the control: without the draw
 
 
 def test_the_activations_are_not_one_another():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from lora_cli.ops import low_rank
+from lora_cli.ops.dropout import draw_mask, scale_of
 from lora_cli.ops.low_rank import Projection, low_rank_linear
 
 N, I = 37, 24  # noqa: E741 -- in_features, as everywhere
@@ -32,9 +37,10 @@ def typed(p: Projection, dtype: torch.dtype) -> Projection:
     return Projection(p.weight.to(dtype), None if p.bias is None else p.bias.to(dtype), *trained, p.scaling)
 
 
-def plain(x: Tensor, p: Projection) -> Tensor:
+def plain(x: Tensor, p: Projection, mask: Tensor | None = None) -> Tensor:
     y = x @ p.weight.T + (0 if p.bias is None else p.bias)
-    return y if p.lora_A is None else y + p.scaling * (x @ p.lora_A.to(x.dtype).T @ p.lora_B.to(x.dtype).T)
+    seen = x if mask is None else x * mask * scale_of(p.dropout)
+    return y if p.lora_A is None else y + p.scaling * (seen @ p.lora_A.to(x.dtype).T @ p.lora_B.to(x.dtype).T)
 
 
 def outputs_and_gradients(x: Tensor, projections: list[Projection], formula) -> list[Tensor]:
@@ -69,6 +75,41 @@ def test_outputs_and_every_gradient_are_the_formula_s(dtype, limit, bias):
     ours = outputs_and_gradients(x, projections, low_rank_linear)
     exact = outputs_and_gradients(x.double(), [in_float64(p) for p in projections], plainly)
     assert max(differences(ours, exact)) < limit
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.3, 0.3, 0.3), (0.0, 0.5, 0.2, 0.0)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1.5e-2)])
+def test_with_dropout_too_each_a_sees_a_draw_of_its_own(dtype, limit, shares, monkeypatch):
+    """Against the formula on what was drawn; the frozen part sees everything."""
+    masks = recorded_masks(monkeypatch)
+    x, projections = draw(dtype, bias=True)
+    projections = [replace(p, dropout=share) for p, share in zip(projections, shares, strict=True)]
+    ours = outputs_and_gradients(x, projections, low_rank_linear)
+    drawn = iter(masks)
+    of_each = [
+        next(drawn) if share and p.lora_A is not None else None for p, share in zip(projections, shares, strict=True)
+    ]
+    assert next(drawn, None) is None
+    assert not torch.equal(masks[0], masks[-1]) or len(masks) == 1
+
+    def plainly_dropped(x: Tensor, projections: list[Projection]) -> list[Tensor]:
+        return [plain(x, p, mask) for p, mask in zip(projections, of_each, strict=True)]
+
+    exact = [replace(in_float64(p), dropout=p.dropout) for p in projections]
+    assert max(differences(ours, outputs_and_gradients(x.double(), exact, plainly_dropped))) < limit
+    assert max(differences(ours, outputs_and_gradients(x.double(), exact, plainly))) > 0.05  # the control
+
+
+def recorded_masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every mask that is drawn from now on."""
+    masks: list[Tensor] = []
+
+    def recorded(*given: Any) -> Tensor:
+        masks.append(draw_mask(*given))
+        return masks[-1]
+
+    monkeypatch.setattr(low_rank, "draw_mask", recorded)
+    return masks
 
 
 def test_in_bfloat16_it_is_no_less_exact_than_torch_s_own_way():
