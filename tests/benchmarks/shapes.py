@@ -50,16 +50,17 @@ class Shape:
     needs_cuda: bool = False
     use_dora: bool = False
     quantization: str = "none"  # of the base
+    dropout: float = 0.0  # of the adapters
     prefix: int = 0  # tokens that all rows begin with, beside their own: a system prompt
 
     @property
     def is_variant(self) -> bool:
         """Whether there is a plainer form of it to compare with."""
-        return self.use_dora or self.quantization != "none"
+        return self.use_dora or self.quantization != "none" or self.dropout > 0
 
     @property
     def plain(self) -> Shape:
-        return replace(self, use_dora=False, quantization="none")
+        return replace(self, use_dora=False, quantization="none", dropout=0.0)
 
     def lengths(self) -> list[int]:
         """The same for every contender."""
@@ -131,6 +132,16 @@ SHAPES = {
         512,
         4,
         use_dora=True,
+    ),
+    "dropout-135m-bfloat16": Shape(
+        "Llama of 135M parameters with lora_dropout 0.05, bfloat16; 4 rows of 64-512 tokens",
+        INSTRUCT_135M,
+        "bfloat16",
+        4,
+        64,
+        512,
+        4,
+        dropout=0.05,
     ),
     "nf4-135m-bfloat16": Shape(
         "Llama of 135M parameters on an nf4 base, bfloat16; 4 rows of 64-512 tokens",

@@ -24,6 +24,7 @@ TOP = {  # four layers, of which the last is adapted; three epochs of five steps
     "lora.lora_dropout": 0.2,
     "dataset.eval_size": 4,
     "training.max_steps": 15,
+    "training.adam_epsilon": 1e-5,  # 1e-8 makes a whole step of a gradient that is nothing but rounding
     "training.save_steps": 4,
     "training.eval_steps": 4,
 }

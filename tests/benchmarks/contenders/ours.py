@@ -107,7 +107,8 @@ def train_giving_back(job: Job) -> None:
 
 def adapted(model: Any, shape: Shape) -> Any:
     """Adapters on the shape's targets, the rest frozen; a classifier's head is trained in full, as PEFT does."""
-    lora = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets), use_dora=shape.use_dora)
+    of_shape = {"use_dora": shape.use_dora, "lora_dropout": shape.dropout}
+    lora = LoraSection(r=RANK, lora_alpha=ALPHA, target_modules=list(shape.targets), **of_shape)
     saved = head_modules(model, shape.task)
     attach(model, find_targets(model, lora, saved), parametrisation(lora))
     freeze_base(model, saved)

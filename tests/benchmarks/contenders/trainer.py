@@ -62,8 +62,8 @@ def lora_config(shape: Shape) -> Any:
         lora_alpha=ALPHA,
         target_modules=list(shape.targets),
         task_type=PEFT_TASKS[shape.task],
-        lora_dropout=0.0,
         use_dora=shape.use_dora,
+        lora_dropout=shape.dropout,
     )
 
 

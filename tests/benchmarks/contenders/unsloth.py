@@ -20,7 +20,7 @@ def train(job: Job) -> None:
         model,
         r=RANK,
         lora_alpha=ALPHA,
-        lora_dropout=0,
+        lora_dropout=job.shape.dropout,
         bias="none",
         target_modules=list(job.shape.targets),
         use_gradient_checkpointing=False,
