@@ -21,6 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from lora_cli.ops.products import products_as_before
+
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and runs repeat bit for bit
 
 
@@ -41,10 +43,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _products_of_each_test() -> Iterator[None]:
     """Which library multiplies is a setting of the process: no test inherits another one's."""
-    library = torch.backends.mkldnn.matmul
-    before = library.fp32_precision
-    yield
-    library.fp32_precision = before
+    with products_as_before():
+        yield
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

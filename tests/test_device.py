@@ -176,6 +176,14 @@ def test_who_sets_the_kernel_caches_is_obeyed(monkeypatch):
     assert (os.environ[first], os.environ[second]) == ("7", str(device.KERNELS_KEPT))
 
 
+def test_a_process_that_trains_is_prepared_for_both(monkeypatch):
+    asked: list[str] = []
+    for name in ("keep_freed_memory", "keep_fewer_kernels"):
+        monkeypatch.setattr(device, name, lambda name=name: asked.append(name))
+    device.prepare_for_training()
+    assert sorted(asked) == ["keep_fewer_kernels", "keep_freed_memory"]
+
+
 def test_the_process_is_as_large_as_what_it_holds():
     before = process_bytes()
     held = torch.ones(25_000_000)

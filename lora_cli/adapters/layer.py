@@ -208,11 +208,18 @@ def projection_of(module: nn.Module) -> Projection | None:
     if not isinstance(module, LoRALinear):
         return frozen_projection(module)
     frozen = frozen_projection(module.base)
-    if frozen is None or has_hooks(module):
+    share = _dropped_share(module.dropout)
+    if frozen is None or has_hooks(module) or share is None:
         return None
     a_RI, b_OR = module.factors()
-    share = module.dropout.p if isinstance(module.dropout, nn.Dropout) and module.training else 0.0
     return Projection(frozen.weight, frozen.bias, a_RI, b_OR, module.scaling, module.gain(), frozen.unpack, share)
+
+
+def _dropped_share(dropout: nn.Module) -> float | None:
+    """Of the numbers that go through it now; None where a call of it is more than that."""
+    if has_hooks(dropout) or type(dropout) not in (nn.Identity, nn.Dropout):
+        return None
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def fold(

@@ -27,6 +27,7 @@ from lora_cli.commands.trainable import prepare, quantize_base
 from lora_cli.device import give_back_freed_memory, memory_errors, prepare_for_training
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError, UsageError
+from lora_cli.fusion.multiplying import products_for
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
@@ -117,12 +118,10 @@ def train(
         if world.tell(standing.summary is not None):
             return finished_outcome(plan, output, standing) if world.is_main else None
         prepare_for_training()
+        held.enter_context(products_for(plan.model.skeleton, plan.device, plan.dtype))
         # 3. the model, and the weights of the checkpoint
-        sizes = (
-            planned(MemoryPlanner(plan, remote_code=remote_code), standing.state.micro_batch_size)
-            if is_auto(plan)
-            else []
-        )
+        planner = MemoryPlanner(plan, remote_code=remote_code) if is_auto(plan) else None
+        sizes = planned(planner, standing.state.micro_batch_size) if planner else []
         with world.together(), memory_errors(LOADING_CURE):
             ranks = world.tell(ranks_of(standing.checkpoint, plan))
             model = build_model(plan, standing.base, ranks, remote_code=remote_code, world=world)

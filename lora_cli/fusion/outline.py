@@ -22,12 +22,13 @@ from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.attention import ROWS
+from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, adopt, forms_of
+from lora_cli.fusion.multiplying import choose_products_for
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.fusion.proof import (
     LEAST_SHARED,
-    choose_products_for,
     has_dropout,
     layout_of,
     looked_at,
@@ -143,6 +144,7 @@ def outline_network(
     if fused:
         _adopt_forms(network, task, device)
         network = replace(network, head=_head(model, task))
+        quicken_dropout(model)
     return _ending(network, task, device)
 
 

@@ -9,7 +9,6 @@ Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.layer import LINEAR_TYPES, features, has_hooks, projection_of
+from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
@@ -29,10 +28,11 @@ from lora_cli.fusion.compilation import compile_layers
 from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, abandon, adopt, close
+from lora_cli.fusion.multiplying import choose_products_for, dtype_of
 from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.kernels import why_not_compiled
-from lora_cli.ops.products import choose_products, onednn_multiplies
+from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 
 LENGTHS = (5, 2, 7)
@@ -241,19 +241,13 @@ def why_not_end_to_end(model: PreTrainedModel) -> str | None:
     return None
 
 
-def choose_products_for(model: nn.Module, device: torch.device) -> None:
-    """Which library multiplies, by the sizes of the linear layers, packed ones as what they are unpacked to."""
-    sizes = (math.prod(features(module)) for module in model.modules() if isinstance(module, LINEAR_TYPES))
-    choose_products(sizes, next(model.parameters()).dtype, device)
-
-
 def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
     """Rows end to end; filled up where oneDNN multiplies.
 
     It keeps a kernel for every size that it meets, and with some processors' bfloat16 loses up to a third of its speed
     at sizes that are not round.
     """
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     made_to_size = device.type == "cpu" and (
         dtype == torch.bfloat16 or (dtype == torch.float32 and onednn_multiplies())
     )

@@ -77,7 +77,7 @@ class _BlockedAttention(torch.autograd.Function):
             others = [tile for tile in tiling.tiles if tile is not in_turn[0] and _keeps(tile, sight)]
             kept += [v_FD.new_empty(tile.num_scores) for tile in others]
         ctx.rows, ctx.sight = replace(rows, source=own_keys), sight  # a source may hold keys and values
-        ctx.dropped = dropped
+        ctx.dropped, ctx.tiling = dropped, tiling
         ctx.save_for_backward(query_NHD, key_MKD, value_MKD, *kept)
         return tiling.queries.empty(out_LD, query_NHD.shape[1])
 
@@ -85,7 +85,7 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_NHD: Tensor) -> tuple[Any, ...]:
         query_NHD, key_MKD, value_MKD, *probabilities = ctx.saved_tensors
-        tiling = tiling_of(ctx.rows, query_NHD, key_MKD, ctx.sight)
+        tiling: Tiling = ctx.tiling
         q_LD, k_FD, v_FD = _in_tiles(tiling, query_NHD, key_MKD, value_MKD, ctx.sight)
         do_LD = tiling.queries.fill_with_zeros(gradient_NHD, query_NHD.shape[1] // key_MKD.shape[1])
         dq_LD = torch.empty_like(q_LD)

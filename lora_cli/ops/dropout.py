@@ -53,8 +53,8 @@ def draw_mask(
 ) -> Tensor:
     """int8: 0 where a number is dropped, else 1. From the process's generator, unless there is another one."""
     kept = _levels_kept(share)
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.int8, device=device).bernoulli_(kept / LEVELS, generator=generator)
+    if device.type != "cpu" or torch.compiler.is_compiling():  # whose graphs would end at a draw of whole numbers
+        return torch.empty(shape, device=device).bernoulli_(kept / LEVELS, generator=generator).to(torch.int8)
     count = math.prod(shape)
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     return bits.view(torch.int16)[:count].view(shape).lt_(kept - LEVELS // 2).to(torch.int8)

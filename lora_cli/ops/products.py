@@ -2,18 +2,19 @@
 
 torch hands them to MKL, whose float32 products use AVX-512 on processors of its own maker only: on others they run at
 half the speed of the processor. oneDNN has such products for every maker, and is asked where float32 may be multiplied
-as bfloat16. It may, and it does not: of float32 tensors it has bfloat16 products for AMX alone, and a processor without
-AMX multiplies in float32. That is not taken on trust, but tried: a trial's products show every rounded bit.
+as bfloat16 ("medium" precision). It may, and it does not: of float32 tensors it has bfloat16 products for AMX alone,
+and a processor without AMX multiplies in float32. That is not taken on trust, but tried: a trial's products show every
+rounded bit.
 
 Shape suffixes: M, K and N any sizes, B matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,17 +33,28 @@ def choose_products(weights: Iterable[int], dtype: torch.dtype, device: torch.de
     faster = (
         dtype == torch.float32 and device.type == "cpu" and _pays(weights) and _hampered() and _multiplies_exactly()
     )
-    _library().fp32_precision = "bf16" if faster else "none"
+    _ask(faster)
     return faster
 
 
 def onednn_multiplies() -> bool:
     """Whether that is what was chosen last."""
-    return bool(_library().fp32_precision == "bf16")
+    return torch.get_float32_matmul_precision() == "medium"
 
 
-def _library() -> Any:
-    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+@contextmanager
+def products_as_before() -> Iterator[None]:
+    """Whatever is chosen while it lasts, nobody finds it afterwards."""
+    before = onednn_multiplies()
+    try:
+        yield
+    finally:
+        _ask(before)
+
+
+def _ask(onednn: bool) -> None:
+    if onednn != onednn_multiplies():
+        torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
 def _pays(weights: Iterable[int]) -> bool:
@@ -69,9 +81,10 @@ def _maker() -> str | None:
 
 @cache
 def _multiplies_exactly() -> bool:
-    """The trial. Restores nothing: who asks sets the library afterwards."""
-    _library().fp32_precision = "bf16"
-    return all(_is_exact(*sizes) for sizes in TRIAL_SIZES)
+    """The trial."""
+    with products_as_before():
+        _ask(True)
+        return all(_is_exact(*sizes) for sizes in TRIAL_SIZES)
 
 
 def _is_exact(m: int, k: int, n: int) -> bool:

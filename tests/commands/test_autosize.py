@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from lora_cli.commands import autosize
+from lora_cli.commands import train as train_command
 from lora_cli.commands.autosize import cuts, planned
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.batches import StepPlan
 from lora_cli.errors import OutOfMemoryError
+from lora_cli.ops import products
 from lora_cli.recipe import load_recipe
+from lora_cli.report.training import Silence
 
 AUTO = {"training.per_device_train_batch_size": "auto", "training.gradient_accumulation_steps": 2}
 
@@ -139,3 +142,21 @@ def test_anything_else_is_refused(recipe, value):
 def test_a_cut_is_the_same_step():
     steps = StepPlan(30, 6, 1, seed=3)
     assert steps.rows_of(2) == replace(steps, micro_batch_size=2, accumulation=3).rows_of(2)
+
+
+@pytest.mark.parametrize("size", ["auto", 4])
+def test_who_multiplies_is_settled_before_the_model_is_built_and_put_back_afterwards(size, recipe, monkeypatch):
+    """What is computed from the weights at the beginning is the same with a size that is looked for."""
+    for name in ("_hampered", "_multiplies_exactly"):
+        monkeypatch.setattr(products, name, lambda: True)
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 1)
+    build, seen = train_command.build_model, []
+    monkeypatch.setattr(
+        train_command,
+        "build_model",
+        lambda *args, **kw: seen.append(products.onednn_multiplies()) or build(*args, **kw),
+    )
+    path = recipe(**{"training.per_device_train_batch_size": size, "model.dtype": "float32", "training.max_steps": 1})
+    train_command.train(load_recipe(path), Silence())
+    assert seen == [True]
+    assert not products.onednn_multiplies()

@@ -52,6 +52,15 @@ def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_s
     assert worst(ours, other) < 1e-5
 
 
+def test_whole_layers_keep_torch_s_own_dropout(monkeypatch):
+    pretend(monkeypatch)
+    build = lambda: tiny_model("gpt2", resid_pdrop=0.1)  # noqa: E731
+    compiled, plain = build_compiled_network(build(), "causal_lm"), build_network(build(), "causal_lm")
+    quickened = [[m for m in n.model.modules() if "forward" in vars(m)] for n in (compiled, plain)]
+    assert quickened[0] == []
+    assert {type(module) for module in quickened[1]} == {nn.Dropout}
+
+
 def test_whole_layers_of_a_quantized_base_are_not_compiled_and_fused_forms_of_one_are(monkeypatch):
     formulas, layers = pretend(monkeypatch)
     decoder = adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0])

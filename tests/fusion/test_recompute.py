@@ -150,12 +150,17 @@ def test_the_gradients_are_those_of_a_single_forward_pass(kind, how, dropout, wa
     assert difference(gradients(network), plain) < 1e-6
 
 
+@pytest.mark.parametrize("way", [Network, lambda model: build_network(model, "causal_lm")], ids=["padded", "fast"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}), ("llama", {"attention_dropout": 0.3})],
+)
 @pytest.mark.parametrize("how", HOW)
-def test_the_base_s_own_dropout_falls_alike_too(how, host):
-    model = adapted("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
-    plain = gradients(Network(model))
-    checkpoint_activations(model, how)
-    assert difference(gradients(Network(model)), plain) < 1e-6
+def test_the_base_s_own_dropout_falls_alike_too(how, kind, changes, way, host):
+    network = way(adapted(kind, **changes))
+    plain = gradients(network)
+    checkpoint_activations(network.model, how)
+    assert difference(gradients(network), plain) < 1e-6
 
 
 def test_a_forgotten_state_of_chance_would_be_noticed(host, monkeypatch):

@@ -291,9 +291,28 @@ def test_with_dropout_every_gradient_is_that_of_the_same_draw(sight, kept_keys, 
     assert not torch.allclose(attend(*inputs), attend_rows(*inputs, rows, sight), rtol=0.05)
 
 
+@pytest.mark.parametrize("kept_keys", [0, 512])
+def test_with_dropout_bfloat16_is_float32_but_for_rounding(kept_keys, monkeypatch):
+    """Of one draw: tiles are cut alike, so that the same probabilities fall."""
+    monkeypatch.setattr(tiles, "KEPT_KEYS", kept_keys)
+    monkeypatch.setattr(tiles, "QUERIES", (32,))
+    tiles.forget_tilings()
+    rows, sight, found = Rows.of([9, 70, 5]), Sight(0.4), []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs, gradient = draw(torch.bfloat16, [9, 70, 5])
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        torch.manual_seed(3)
+        out = attend_rows(*inputs, rows, sight, 0.3)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient.to(dtype))])
+    assert relative(*found) < 1.5e-2
+    torch.manual_seed(4)
+    assert relative([attend_rows(*inputs, rows, sight, 0.3).detach()], found[1][:1]) > 0.1  # the control: another draw
+    tiles.forget_tilings()
+
+
 def test_each_probability_is_dropped_by_itself_and_as_often_as_asked():
     """All keys are equal, so that a query's probabilities are 1/T; values tell which of them counted."""
-    length, share = 64, 0.25
+    length, share = 300, 0.25  # more than a tile
     alike, rows = torch.zeros(length, 1, length), Rows.of([length])
     values = torch.eye(length)[:, None]
     torch.manual_seed(0)

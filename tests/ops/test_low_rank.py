@@ -47,7 +47,10 @@ def outputs_and_gradients(x: Tensor, projections: list[Projection], formula) -> 
     x = x.detach().requires_grad_()
     outputs = formula(x, projections)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum() for y in outputs)
+    loss = sum(
+        (y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)).sum()
+        for y in outputs
+    )
     wanted = [x, *(t for p in projections for t in (p.lora_A, p.lora_B) if t is not None)]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, wanted)]
 
@@ -160,3 +163,25 @@ def test_without_an_input_that_needs_it_no_input_gradient_is_computed():
     sum(y.sum() for y in outputs).backward()
     assert x.grad is None
     assert projections[0].lora_A.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)])
+def test_on_a_gpu_with_dropout_each_a_sees_a_draw_of_its_own(dtype, limit, monkeypatch):
+    masks = recorded_masks(monkeypatch)
+    x, projections = draw(dtype, bias=True)
+    on_gpu = [
+        Projection(
+            *(None if t is None else t.detach().cuda().requires_grad_(t.requires_grad) for t in p.tensors[:4]), 0.7
+        )
+        for p in projections
+    ]
+    on_gpu = [replace(p, dropout=0.3) for p in on_gpu]
+    ours = outputs_and_gradients(x.cuda(), on_gpu, low_rank_linear)
+    drawn = iter([mask.cpu() for mask in masks])
+    of_each = [next(drawn) if p.lora_A is not None else None for p in projections]
+    exact = [replace(in_float64(p), dropout=0.3, scaling=0.7) for p in projections]
+    expected = outputs_and_gradients(
+        x.double(), exact, lambda x, ps: [plain(x, p, mask) for p, mask in zip(ps, of_each, strict=True)]
+    )
+    assert max(differences([t.cpu() for t in ours], expected)) < limit

@@ -32,7 +32,7 @@ def hampered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_float32_matrices_of_the_cpu_are_given_to_onednn(weights, faster):
     assert products.choose_products(weights, torch.float32, CPU) == faster
     assert products.onednn_multiplies() == faster
-    assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if faster else "none")
+    assert torch.get_float32_matmul_precision() == ("medium" if faster else "highest")
     for dtype, device in ((torch.float32, "cuda"), (torch.bfloat16, "cpu"), (torch.float64, "cpu")):
         assert not products.choose_products(weights, dtype, torch.device(device))
         assert not products.onednn_multiplies()  # each model decides anew
@@ -42,7 +42,32 @@ def test_large_float32_matrices_of_the_cpu_are_given_to_onednn(weights, faster):
 def test_not_where_mkl_is_fast_nor_where_a_trial_shows_rounding(found, hampered, monkeypatch):
     monkeypatch.setattr(products, found, lambda: False)
     assert not products.choose_products([LARGE], torch.float32, CPU)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_trial_leaves_the_setting_as_it_was_even_where_it_fails(monkeypatch):
+    products._multiplies_exactly.__wrapped__()
+    assert not products.onednn_multiplies()
+
+    def fails(*sizes: int) -> bool:
+        assert products.onednn_multiplies()
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(products, "_is_exact", fails)
+    with pytest.raises(RuntimeError):
+        products._multiplies_exactly.__wrapped__()
+    assert not products.onednn_multiplies()
+
+
+@pytest.mark.usefixtures("hampered")
+def test_what_was_chosen_in_between_is_not_found_afterwards():
+    with products.products_as_before():
+        assert products.choose_products([LARGE], torch.float32, CPU)
+        with products.products_as_before():
+            products.choose_products([SMALL], torch.float32, CPU)
+        assert products.onednn_multiplies()
+    assert not products.onednn_multiplies()
+    assert torch.get_float32_matmul_precision() == "highest"  # other libraries ask for it, and may
 
 
 @pytest.mark.parametrize("sizes", products.TRIAL_SIZES)
@@ -85,7 +110,7 @@ def test_products_are_as_exact_as_before(m, k, n):
     a, b = torch.randn(m, k), torch.randn(k, n)
     exact = a.double() @ b.double()
     bound = 2**-24 * k * (a.double().abs() @ b.double().abs())
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products._ask(True)
     ways = [a @ b, a @ b.T.contiguous().T, (b.T @ a.T).T, torch.bmm(a[None], b[None])[0], torch.addmm(a @ b, a, b) / 2]
     for product in ways:
         assert ((product.double() - exact).abs() <= bound).all()

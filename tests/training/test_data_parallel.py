@@ -57,7 +57,8 @@ def steps_of(world: World, plan: StepPlan, kind: str = "llama", how: str = "") -
         for p in layer.parameters()
         if not p.requires_grad
     )
-    return {"steps": seen, "values": optimizer.values.tolist(), "forms": network.forms, "held": held}
+    found = {"steps": seen, "values": optimizer.values.tolist(), "forms": network.forms, "held": held}
+    return found | {"looks_at": network.layout.looks_at}
 
 
 def parameter_bytes(parameter: Any) -> int:
@@ -138,6 +139,7 @@ def test_a_base_in_pieces_gives_the_same_steps(kind, how):
     assert relative(first["values"], whole["values"]) < 1e-6
     assert first["forms"] == whole["forms"]
     assert bool(first["forms"]) == (kind == "llama")
+    assert first["looks_at"] == whole["looks_at"] == ("targets" if kind == "llama" else None)  # the short last layer
     assert first["held"] + second["held"] < 1.1 * whole["held"]
     assert first["held"] < 0.6 * whole["held"]
 

@@ -29,9 +29,17 @@ LENGTHS = (61, 33, 20, 47)
 TASK = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "sequence_classification"}
 
 
-def recipe(kind: str) -> Recipe:
+DROPPING = {
+    "llama": {"attention_dropout": 0.1},
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
+
+
+def recipe(kind: str, drops: bool = False) -> Recipe:
+    lora = {"r": 4, "lora_dropout": 0.1 if drops else 0.0}
     return Recipe.model_validate(
-        {"task": TASK[kind], "model": {"path": "m"}, "dataset": {"path": ["d"]}, "lora": {"r": 4}, "output_dir": "o"}
+        {"task": TASK[kind], "model": {"path": "m"}, "dataset": {"path": ["d"]}, "lora": lora, "output_dir": "o"}
     )
 
 
@@ -49,11 +57,11 @@ def rows(kind: str) -> list[Example]:
     ]
 
 
-def real(kind: str, checkpointing: bool, attention: str) -> Network:
-    model = tiny_model(kind, TASK[kind])
+def real(kind: str, checkpointing: bool, attention: str, drops: bool = False) -> Network:
+    model = tiny_model(kind, TASK[kind], **DROPPING[kind] if drops else {})
     if attention != "auto":
         model.set_attn_implementation(attention)
-    prepare(model, recipe(kind))
+    prepare(model, recipe(kind, drops))
     initialise(adapters_of(model), LoraSection(), 0)
     model.train()
     if checkpointing:
@@ -61,9 +69,12 @@ def real(kind: str, checkpointing: bool, attention: str) -> Network:
     return build_network(model, TASK[kind], attention=attention)
 
 
-def rehearsed(kind: str, checkpointing: bool = False, attention: str = "auto", **options: Any) -> Network:
-    model = empty_model(tiny_config(kind), TASK[kind], dtype=torch.float32, attn_implementation=attention)
-    prepare(model, recipe(kind))
+def rehearsed(
+    kind: str, checkpointing: bool = False, attention: str = "auto", drops: bool = False, **options: Any
+) -> Network:
+    config = tiny_config(kind, **DROPPING[kind] if drops else {})
+    model = empty_model(config, TASK[kind], dtype=torch.float32, attn_implementation=attention)
+    prepare(model, recipe(kind, drops))
     model.train()
     if checkpointing:
         checkpoint_activations(model)
@@ -114,6 +125,14 @@ def live_bytes(kind: str, network: Network) -> StepBytes:
 def test_what_is_kept_is_what_autograd_saves(kind, attention):
     planned = plan_of(kind, rehearsed(kind, attention=attention)).kept
     assert planned == pytest.approx(saved_bytes(kind, real(kind, False, attention)), rel=0.04)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_dropout_of_any_kind_keeps_what_was_planned(kind):
+    """A byte for each number that may fall; in float32 it would be four if the mask were of its type."""
+    planned = plan_of(kind, rehearsed(kind, drops=True)).kept
+    assert planned == pytest.approx(saved_bytes(kind, real(kind, False, "auto", drops=True)), rel=0.04)
+    assert planned > 1.05 * plan_of(kind, rehearsed(kind)).kept
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -65,8 +65,9 @@ def train(
         network = replace(network, layout=replace(network.layout, share=0))
     if whole:
         network = replace(network, layout=replace(network.layout, looks_at=None))
-    if by_torch:
+    if by_torch:  # which is in no need of fewer sizes
         choose_products((), torch.float32, job.device)
+        network = replace(network, layout=replace(network.layout, multiple=1))
     optimizer = FlatAdamW(model, TrainingSection())
     task = TASKS[shape.task]
     for _ in train_steps(network, task, examples, plan, optimizer, settings, start=0, device=job.device):
