@@ -656,7 +656,7 @@ def test_memory_that_runs_out_in_a_step_is_exit_code_4_and_its_cures_are_not_ref
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides by hand
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by torch's own compiler
 def test_torch_compile_trains_with_dropout(kind, recipe, tmp_path, model_folder):
-    """Fused forms draw what they draw without it; in whole layers the draws are others, and the loss is about the same."""
+    """Fused forms draw what they draw without it; whole layers draw anew, and the loss is about the same."""
     losses = []
     for compiled in (False, True):
         model = {"path": str(model_folder(kind)), "dtype": "float32"}
