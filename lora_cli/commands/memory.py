@@ -17,12 +17,14 @@ from lora_cli.commands.plan import Plan
 from lora_cli.commands.trainable import prepare, quantize_base
 from lora_cli.data.batches import StepPlan, largest_evaluation_batch, tokens_of
 from lora_cli.data.encoding import Example
-from lora_cli.device import available_bytes, process_bytes
+from lora_cli.device import KERNELS_KEPT, available_bytes, process_bytes
+from lora_cli.distributed import World
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.models import empty_model
 from lora_cli.ops.cross_entropy import positions_at_a_time, wide_positions
+from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import forget_tilings, tiling_of
@@ -37,6 +39,9 @@ from lora_cli.training.rehearsal import StepBytes, guess_step, rehearse_evaluati
 # pass scatters what is kept among what is not, and about doubles the place it takes.
 WAKING_BYTES = 80 * 10**6
 HEAP_SHARE, HEAP_SHARE_CHECKPOINTING = 0.2, 1.0
+# Of a product's size that oneDNN has met: its kernel, and what it leaves unusable around it. A line of another length
+# brings about so many sizes; only the first steps are looked at, since soon there are as many as are kept.
+KERNEL_BYTES, SIZES_OF_A_LINE, STEPS_LOOKED_AT = 800_000, 40, 32
 MARGIN = 0.1  # of the limit, left free: other programs and an inexact plan
 
 BY_LOOKS = "how the model is run is judged by the looks of its modules"
@@ -55,7 +60,7 @@ class MemoryPlan:
     activations: int  # kept for the backward pass
     logits: int  # in flight at one time
     temporaries: int  # what else is alive when most is
-    heap: int  # what the C library holds besides
+    heap: int  # what the C library holds besides, and the kernels of products
     loading: int  # totals of the other phases
     evaluation: int
     saving: int
@@ -142,7 +147,7 @@ class MemoryPlanner:
             activations=step.kept,
             logits=min(logits, peak - step.kept) if self.network.head is None else logits,
             temporaries=max(0, peak - step.kept - logits),
-            heap=leftover + int(share * peak) if on_cpu else 0,
+            heap=leftover + int(share * peak) + self._kernels(steps) if on_cpu else 0,
             loading=self.process + self._loading(frozen + trained, on_cpu) + (leftover if on_cpu else largest),
             evaluation=resident + leftover + self._evaluation(steps),
             saving=resident + leftover + 4 * trained,  # moments cut apart, and their bytes
@@ -151,6 +156,17 @@ class MemoryPlanner:
             limit=self.limit,
             estimated=BY_LOOKS if self.rehearsed else BY_SIZES,
         )
+
+    def _kernels(self, steps: StepPlan) -> int:
+        """What oneDNN keeps for the sizes of products that the run brings."""
+        if self.plan.dtype != torch.bfloat16 and not onednn_multiplies():
+            return 0
+        layout, first = self.network.layout, World(0, steps.num_processes)
+        of_steps = range(min(self.plan.total_steps, STEPS_LOOKED_AT))
+        batches = (rows for step in of_steps for rows in steps.micro_batches(self.plan.dataset.train, step, first))
+        tokens = {tokens_of(rows, layout) for rows in batches}
+        lines = {number + layout.filling(number) for number in tokens}
+        return min(KERNELS_KEPT, SIZES_OF_A_LINE * len(lines)) * KERNEL_BYTES
 
     def _loading(self, kept: int, on_cpu: bool) -> int:
         """A base is quantized where it is read, from a dense one that is there as a whole."""

@@ -29,7 +29,7 @@ class Layout:
     """How the rows of a batch lie: side by side and padded on the right, or end to end in a single line.
 
     A line's length is filled up to a ``multiple`` with a row of padding that nothing looks at, where matrix
-    products of odd sizes are slow; a short line is left as it is.
+    products of odd sizes are slow, or each size costs memory; a shorter line to a third of it, a short one not at all.
     """
 
     end_to_end: bool = False
@@ -40,8 +40,9 @@ class Layout:
     )
 
     def filling(self, tokens: int) -> int:
-        """How many tokens of padding a line of so many real ones gets: a tenth at most."""
-        return -tokens % self.multiple if self.end_to_end and tokens >= 10 * self.multiple else 0
+        """How many tokens of padding a line of so many real ones gets: a tenth at most, so short ones get fewer."""
+        steps = (self.multiple, max(1, self.multiple // 3)) if self.end_to_end else ()
+        return next((-tokens % step for step in steps if tokens >= 10 * step), 0)
 
 
 PADDED = Layout()

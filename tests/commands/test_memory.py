@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_cli.commands import memory as memory_module
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.batches import collate
@@ -89,6 +90,22 @@ def test_logits_are_a_chunk_or_all_of_them(recipe):
     targets = sum(row.num_targets for row in rows)
     assert found.memory().logits == targets * VOCABULARY * 4, "fewer than a chunk holds, turned into their gradient"
     assert memory(recipe(), "model.dtype=bfloat16").logits == targets * VOCABULARY * (2 + 4)
+
+
+def test_kernels_are_kept_for_the_sizes_of_lines_where_onednn_multiplies(recipe, monkeypatch):
+    """A length brings forty of them, however often it comes; and no more than fit are kept."""
+    lengths = set()
+    found = planner(recipe(), "model.dtype=bfloat16")
+    steps, rows = found.plan.steps, found.plan.dataset.train
+    for step in range(found.plan.total_steps):
+        lengths |= {sum(len(row.input_ids) for row in batch) for batch in steps.micro_batches(rows, step)}
+    lines = {length if length < 160 else -(-length // 16) * 16 for length in lengths}
+    assert 2 <= len(lines) < len(lengths), "some are alike when they are filled up"
+    assert found._kernels(steps) == 40 * len(lines) * 800_000
+    whole = found.memory()
+    monkeypatch.setattr(memory_module, "KERNELS_KEPT", 50)
+    assert whole.heap - found.memory().heap == (40 * len(lines) - 50) * 800_000
+    assert planner(recipe(), "model.dtype=float32")._kernels(steps) == 0, "small matrices are MKL's"
 
 
 def test_the_total_is_the_sum_of_its_parts(recipe):

@@ -160,7 +160,10 @@ def test_a_line_is_filled_up_with_a_row_that_counts_for_nothing():
 
 
 def test_a_line_that_is_short_or_round_is_left_as_it_is():
-    assert [Layout(end_to_end=True, multiple=48).filling(n) for n in (1, 479, 480, 481, 1000)] == [0, 0, 0, 47, 8]
+    numbers = (1, 159, 160, 161, 479, 480, 481, 1000)
+    assert [Layout(end_to_end=True, multiple=48).filling(n) for n in numbers] == [0, 0, 0, 15, 1, 0, 47, 8]
+    assert [Layout(end_to_end=True).filling(n) for n in numbers] == [0] * 8
+    assert max(Layout(end_to_end=True, multiple=48).filling(n) / n for n in range(1, 3000)) < 0.1
     assert Layout(end_to_end=False, multiple=48).filling(481) == 0
 
 
