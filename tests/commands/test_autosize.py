@@ -147,6 +147,8 @@ def test_a_cut_is_the_same_step():
 @pytest.mark.parametrize("size", ["auto", 4])
 def test_who_multiplies_is_settled_before_the_model_is_built_and_put_back_afterwards(size, recipe, monkeypatch):
     """What is computed from the weights at the beginning is the same with a size that is looked for."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("with AMX the setting means bfloat16, and is never chosen")
     for name in ("_hampered", "_multiplies_exactly"):
         monkeypatch.setattr(products, name, lambda: True)
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 1)

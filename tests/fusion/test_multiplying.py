@@ -19,6 +19,7 @@ from lora_cli.ops import blocked_attention, products, tiles
 from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import Sight
+from lora_cli.tasks import TASKS
 from tests.conftest import tiny_config, tiny_model
 from tests.fusion.test_networks import CAUSAL, adapted, loss_and_gradients, rows_of, worst
 
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def hampered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor on which oneDNN is faster; and every model is large enough."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("with AMX the setting means bfloat16, and is never chosen")
     monkeypatch.setattr(products, "_hampered", lambda: True)
     monkeypatch.setattr(products, "_multiplies_exactly", lambda: True)
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 1)
@@ -87,8 +90,6 @@ def test_the_type_is_the_base_s_not_that_of_what_is_trained():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_loss_and_gradients_are_the_same_whoever_multiplies(kind):
-    if torch.cpu._is_amx_tile_supported():
-        pytest.skip("with AMX the setting means bfloat16, and is never chosen")
     network, found = build_network(adapted(kind, "causal_lm", CAUSAL[kind][0]), "causal_lm"), []
     for onednn in (True, False):
         products._ask(onednn)
@@ -99,8 +100,6 @@ def test_loss_and_gradients_are_the_same_whoever_multiplies(kind):
 def test_a_choice_between_forward_and_backward_changes_nothing():
     """The backward pass goes by the tiles of the forward pass."""
     network, found = build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm"), []
-    from lora_cli.tasks import TASKS
-
     for between in (True, False):
         products._ask(True)
         network.model.zero_grad()
