@@ -166,7 +166,7 @@ def _show_memory(console: Console, check: Check) -> None:
         ("activations", memory.activations, kept),
         ("logits", memory.logits, "alive at one time"),
         ("temporaries", memory.temporaries, "what else is alive when most is"),
-        ("heap", memory.heap, "held by the C library between tensors"),
+        ("heap", memory.heap, "held by the libraries between tensors"),
     ]
     made = table("memory", "estimated", "", right=(1,))
     for name, count, what in parts:

@@ -45,7 +45,7 @@ def test_not_where_mkl_is_fast_nor_where_a_trial_shows_rounding(found, hampered,
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_trial_leaves_the_setting_as_it_was_even_where_it_fails(monkeypatch):
+def test_the_trial_leaves_the_setting_as_it_was_and_a_library_that_fails_is_not_chosen(monkeypatch):
     products._multiplies_exactly.__wrapped__()
     assert not products.onednn_multiplies()
 
@@ -54,8 +54,7 @@ def test_the_trial_leaves_the_setting_as_it_was_even_where_it_fails(monkeypatch)
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(products, "_is_exact", fails)
-    with pytest.raises(RuntimeError):
-        products._multiplies_exactly.__wrapped__()
+    assert not products._multiplies_exactly.__wrapped__()
     assert not products.onednn_multiplies()
 
 
