@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_cli.errors import LoraError, LostProcessError, ToldElsewhere, UsageError, exit_code_of
+from lora_cli.errors import LoraError, LostProcessError, ToldElsewhere, UsageError, exit_code_of, first_line
 
 PATIENCE = timedelta(minutes=30)  # one process may read, evaluate or save while the others wait
 # At the store: an exit code; how many met an error alone; that the message is on the screen.
@@ -193,7 +193,7 @@ def _meet(world: World) -> Any:
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(
             f"process {world.rank} of {world.size} cannot meet the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}",
+            f"{os.environ['MASTER_PORT']}: {first_line(error)}",
             "start all of them with torchrun",
         ) from error
     return store

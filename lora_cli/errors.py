@@ -172,3 +172,9 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, LoraError):
         return error.exit_code
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message, and the next where it ends in a colon: there the reason follows."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

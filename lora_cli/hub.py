@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.errors import StorageError, UsageError
+from lora_cli.errors import StorageError, UsageError, first_line
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "tokenizer*"]
@@ -67,9 +67,8 @@ def _download(name: str, revision: str | None, patterns: list[str], how: dict[st
             raise StorageError(
                 f"cannot download {name}: {error.strerror}", "free some space, or set HF_HOME to a larger disk"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"there is no folder {name}, and the hub could not be reached for it ({reason})",
+            f"there is no folder {name}, and the hub could not be reached for it ({first_line(error)})",
             _similar_folder(Path(name)) or "check the spelling, or download the model and give its folder",
         ) from error
     return ModelFolder(path, commit=path.name)

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_cli.errors import Mistake, RecipeError, StorageError, UsageError
+from lora_cli.errors import Mistake, RecipeError, StorageError, UsageError, first_line
 from lora_cli.hub import ModelFolder, model_folder, weight_files
 from lora_cli.recipe import ModelSection
 from lora_cli.seeds import stream_seed
@@ -308,9 +308,3 @@ def fingerprint(folder: Path) -> str:
                 tail = file.read(entry.end - file.tell())
                 pieces[entry.name] = repr((entry.name, entry.dtype, entry.shape)).encode() + head + tail
     return hashlib.sha256(b"".join(pieces[name] for name in sorted(pieces))).hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, and the next where it ends in a colon: there the reason follows."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

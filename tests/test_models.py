@@ -14,7 +14,6 @@ from lora_cli.errors import RecipeError, StorageError, UsageError
 from lora_cli.models import (
     empty_model,
     fingerprint,
-    first_line,
     head_modules,
     load_config,
     load_model,
@@ -350,12 +349,6 @@ def test_quiet_puts_the_verbosity_back_even_after_an_error():
     with pytest.raises(ZeroDivisionError), quiet():
         raise ZeroDivisionError
     assert logging.get_verbosity() == before
-
-
-def test_first_line_is_never_empty():
-    assert first_line(ValueError("\n  one  \ntwo")) == "one"
-    assert first_line(ValueError()) == "ValueError"
-    assert first_line(ValueError("wrong field:\n    expected int\nmore")) == "wrong field: expected int"
 
 
 def test_a_real_model_predicts_its_own_kind_of_text(shared):

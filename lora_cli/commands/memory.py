@@ -115,7 +115,7 @@ class MemoryPlanner:
         self.model.train()
         how = recipe.training.gradient_checkpointing
         if how:
-            checkpoint_activations(self.model, True if how == "offload" else how)  # on paper there is no host
+            checkpoint_activations(self.model, how)
         self.rehearsed = True
         try:
             self.network = outline_network(self.model, recipe.task, plan.device, attention=attention)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_cli.data.encoding import Example
 from lora_cli.distributed import ALONE, World
 from lora_cli.ops.rows import Ending, Rows
+from lora_cli.ops.sending import send
 from lora_cli.seeds import stream
 
 
@@ -50,6 +51,22 @@ LEAST_SPARED = 0.2  # of a line's tokens: a layer that ends early is begun twice
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Where rows side by side have targets: a model's own head runs on the same positions of all rows."""
+
+    chosen: Tensor  # (K,) int64: positions that some target is predicted at, ascending
+    of_target: Tensor  # (M,) int64: which of them, for each target
+
+    @staticmethod
+    def of(places_M: np.ndarray, width: int) -> Columns:
+        chosen_K, of_target_M = np.unique(places_M % width, return_inverse=True)
+        return Columns(torch.from_numpy(chosen_K), torch.from_numpy(of_target_M))
+
+    def to(self, device: torch.device) -> Columns:
+        return Columns(send(self.chosen, device), send(self.of_target, device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch: its rows side by side, padded on the right, or end to end in a single line without padding.
 
@@ -66,6 +83,7 @@ class Batch:
     where: list[str]
     num_targets: int
     examples: list[Example]  # the rows themselves
+    columns: Columns | None = None  # of rows side by side: where the head is needed
     ending: Ending | None = None  # of a line: what is looked at behind the last layer, where it is not everything
 
     def __post_init__(self) -> None:
@@ -88,22 +106,19 @@ class Batch:
         return (torch.arange(self.rows.longest) < torch.tensor(self.rows.lengths)[:, None]).long()
 
     def to(self, device: torch.device) -> Batch:
-        """On CUDA through pinned memory, without waiting for the copy."""
+        """All of its tensors on the device, without waiting for the copies."""
         if device.type == "cpu":
             return self
-
-        def moved(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
         return replace(
             self,
-            input_ids=moved(self.input_ids),
+            input_ids=send(self.input_ids, device),
             rows=self.rows.to(device),
-            places=moved(self.places),
-            targets=moved(self.targets),
-            target_rows=moved(self.target_rows),
-            labels=None if self.labels is None else moved(self.labels),
-            ending=None if self.ending is None else self.ending.to(device, moved),
+            places=send(self.places, device),
+            targets=send(self.targets, device),
+            target_rows=send(self.target_rows, device),
+            labels=None if self.labels is None else send(self.labels, device),
+            columns=None if self.columns is None else self.columns.to(device),
+            ending=None if self.ending is None else self.ending.to(device),
         )
 
 
@@ -125,17 +140,18 @@ def collate(examples: list[Example], pad_id: int, layout: Layout = PADDED) -> Ba
     lengths = [*([prefix] if prefix else []), *lengths, *([filling] if filling else [])]
     counts = torch.tensor([len(found) for found in places])
     labels = None if examples[0].label is None else torch.tensor([example.label for example in examples])
-    rows = Rows.of(lengths, prefix=prefix, filled=filling > 0)
+    rows, places_M = Rows.of(lengths, prefix=prefix, filled=filling > 0), np.concatenate(places)
     return Batch(
         torch.from_numpy(ids.reshape(1 if layout.end_to_end else len(examples), -1)),
         rows,
-        torch.from_numpy(np.concatenate(places)),
+        torch.from_numpy(places_M),
         torch.from_numpy(np.concatenate(targets)),
         torch.repeat_interleave(torch.arange(len(examples)), counts),
         labels,
         [example.where for example in examples],
         sum(example.num_targets for example in examples),
         examples,
+        Columns.of(places_M, width) if width and labels is None else None,
         _ending(rows, places, layout) if layout.looks_at is not None else None,
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_cli.data.files import expand, is_local, kind_of, similar
-from lora_cli.errors import DataError, Mistake, RecipeError
+from lora_cli.errors import DataError, Mistake, RecipeError, first_line
 from lora_cli.recipe import DatasetSection
 from lora_cli.recipe.types import SPLIT
 
@@ -250,7 +250,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
         try:
             table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
         except Exception as error:  # pyarrow's errors have no common parent here
-            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
         for number, columns in enumerate(table, start=1):
             yield Row(columns, f"{path} row {number}")
 
@@ -272,9 +272,8 @@ def _read_hub(path: str, name: str | None, split: str, result: Rows) -> None:
     try:
         table = load_dataset(path, name, split=split)
     except Exception as error:  # datasets raises whatever its builders raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"there is no file {path}, and no data set of that name could be loaded from the hub ({reason})",
+            f"there is no file {path}, and no data set of that name could be loaded from the hub ({first_line(error)})",
             similar(Path(path)) if os.path.isdir(os.path.dirname(path) or ".") else None,
         ) from error
     result.sources.append(f"{path} ({split})")

@@ -13,12 +13,14 @@ from lora_cli.fusion.dropping import restore_dropout
 from lora_cli.fusion.ending import last_layer, lengthen
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
+from lora_cli.fusion.offloading import recompute_from_host
 
 
 def compile_layers(network: Network) -> Network:
     """Compile layer by layer: one compilation serves all layers, and a classifier's own pooling is unaffected.
 
-    Raises ``UsageError`` for a quantized base: each unpacking would cut a compiled layer apart.
+    Raises ``UsageError`` for a quantized base and for inputs that wait on the host: each unpacking, and each copy,
+    would cut a compiled layer apart.
 
     Rows lie side by side then: the lengths of rows that lie end to end would make every batch a new program.
     """
@@ -29,13 +31,19 @@ def compile_layers(network: Network) -> Network:
             "their weights cannot be compiled",
             "remove it, or model.quantization",
         )
+    layers: list[nn.Module] = list(repeated_layers(model).values())
+    if any(getattr(layer, "_gradient_checkpointing_func", None) is recompute_from_host for layer in layers):
+        raise UsageError(
+            "training.torch_compile cannot work here: this model has no fused forms, and whole layers whose inputs "
+            "wait on the host cannot be compiled",
+            "remove it, or use training.gradient_checkpointing: true or selective",
+        )
     if network.end_to_end:
         model.set_attn_implementation(network.own_attention)
     last = last_layer(model)
     if last is not None and network.layout.looks_at is not None:
         lengthen(last)
     restore_dropout(model)
-    layers: list[nn.Module] = list(repeated_layers(model).values())
     for module in layers or [model]:
         module.compile(dynamic=True)
     return replace(

@@ -20,6 +20,7 @@ from lora_cli.fusion.attention import ROWS_KEYWORD
 from lora_cli.fusion.frozen import FrozenLayers
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import Ending, pad_rows
+from lora_cli.ops.sending import send
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Network:
             return self._run(self.model, batch).logits.flatten(0, 1).index_select(0, batch.places)
         if self.end_to_end:
             return self._run(self.model, batch, logits_to_keep=batch.places).logits[0]
-        columns_K, inverse_M = torch.unique(batch.places % batch.rows.longest, return_inverse=True)
-        logits_BKV = self._run(self.model, batch, logits_to_keep=columns_K).logits
-        return logits_BKV[batch.target_rows, inverse_M]
+        assert batch.columns is not None
+        logits_BKV = self._run(self.model, batch, logits_to_keep=batch.columns.chosen).logits
+        return logits_BKV[batch.target_rows, batch.columns.of_target]
 
     def class_logits(self, batch: Batch) -> Tensor:
         """(B, C). Decoders are read at each row's last token by position.
@@ -101,7 +102,7 @@ class Network:
         if batch.ending is not None:
             return self._looked_at(batch, batch.ending)
         hidden_ND = self.hidden(batch).flatten(0, 1)
-        return hidden_ND.index_select(0, self._last_places(batch).to(hidden_ND.device))
+        return hidden_ND.index_select(0, send(self._last_places(batch), hidden_ND.device))
 
     def _last_places(self, batch: Batch) -> Tensor:
         """(B,): where each row's last token is, counted through all of the batch."""
@@ -116,9 +117,9 @@ class Network:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         if self.end_to_end:
             positions_N = batch.rows.positions() + self.first_position
-            inputs |= {"position_ids": positions_N[None].to(device, non_blocking=True), ROWS_KEYWORD: batch.rows}
+            inputs |= {"position_ids": send(positions_N[None], device), ROWS_KEYWORD: batch.rows}
         else:
-            inputs["attention_mask"] = batch.attention_mask().to(device, non_blocking=True)
+            inputs["attention_mask"] = send(batch.attention_mask(), device)
         return inputs | extra_inputs(self.model, batch.input_ids)
 
 

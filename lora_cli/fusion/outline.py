@@ -27,15 +27,8 @@ from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, adopt, forms_of
 from lora_cli.fusion.multiplying import choose_products_for
 from lora_cli.fusion.network import Network, takes_positions
-from lora_cli.fusion.proof import (
-    LEAST_SHARED,
-    has_dropout,
-    layout_of,
-    looked_at,
-    only_its_last,
-    probe_examples,
-    why_not_end_to_end,
-)
+from lora_cli.fusion.probing import looked_at, only_its_last, probe_examples
+from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, why_not_end_to_end
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import Ending, Rows, SomePiece
 
@@ -108,7 +101,7 @@ class _NoValues(TorchDispatchMode):
 
 
 def outline_batch(examples: list[Example], layout: Layout, stands_for: torch.device) -> Batch:
-    """These rows as a batch of shapes. What the host looks at (places, whose target) stays on the host."""
+    """These rows as a batch of shapes."""
     batch = collate(examples, 0, layout)
     known = batch.rows
     rows = OutlinedRows.of(
@@ -119,9 +112,10 @@ def outline_batch(examples: list[Example], layout: Layout, stands_for: torch.dev
         input_ids=batch.input_ids.to(META),
         rows=rows,
         ending=None if batch.ending is None else _outlined(batch.ending, rows, known),
-        places=batch.places.to(META) if layout.end_to_end else batch.places,
+        places=batch.places.to(META),
         targets=batch.targets.to(META),
-        target_rows=batch.target_rows.to(META) if layout.end_to_end else batch.target_rows,
+        target_rows=batch.target_rows.to(META),
+        columns=None if batch.columns is None else batch.columns.to(META),
         labels=None if batch.labels is None else batch.labels.to(META),
     )
 

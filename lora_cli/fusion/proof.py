@@ -2,7 +2,7 @@
 
 A few short rows are run one by one through the model's own code, and then every faster way: end to end
 without padding, with fused forms, with the head as a formula. What does not give the same is not used, and a
-note says so.
+note says so. Where kernels come from a compiler or a device's library, a backward pass is run as well.
 
 Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
 """
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,23 +21,34 @@ from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, Layout, collate
 from lora_cli.data.encoding import Example
-from lora_cli.errors import UsageError
+from lora_cli.errors import UsageError, first_line
 from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.compilation import compile_layers
 from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
-from lora_cli.fusion.forms import Calls, abandon, adopt, close
+from lora_cli.fusion.forms import Calls, Forward, abandon, adopt, close
 from lora_cli.fusion.multiplying import choose_products_for, dtype_of
 from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
-from lora_cli.ops.cross_entropy import Head
+from lora_cli.fusion.probing import (
+    LENGTHS,
+    answer_of,
+    embedding_gradient,
+    looked_at,
+    only_its_last,
+    other_tokens,
+    probe_examples,
+    with_prefix,
+)
+from lora_cli.fusion.sharding import is_cut_up
+from lora_cli.ops.cross_entropy import Head, loss_and_gradient
 from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 
-LENGTHS = (5, 2, 7)
 LEAST_SHARED = 64  # tokens that a shared prefix must spare to be worth its bookkeeping
 # How far a whole model may be off, relative to the size of its output: many roundings.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+GRADIENT_TOLERANCE = 0.5  # finds kernels that are wrong; roundings add up to a tenth and more through deep models
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def build_network(
     choose_products_for(model, next(model.parameters()).device)
     model.eval()
     try:
-        return _Prover(model, task, compile).network(end_to_end=attention == "auto", fused=fused)
+        return _Prover(model, task, compile, end_to_end=attention == "auto", fused=fused).network()
     finally:
         model.train(was_training)
 
@@ -81,23 +91,29 @@ def build_compiled_network(model: PreTrainedModel, task: str, *, attention: str 
 
 
 class _Prover:
-    def __init__(self, model: PreTrainedModel, task: str, compile: bool) -> None:
+    def __init__(self, model: PreTrainedModel, task: str, compile: bool, *, end_to_end: bool, fused: bool) -> None:
         self.model, self.task = model, task
+        self.end_to_end, self.fused = end_to_end, fused
         self.device = next(model.parameters()).device
         self.compile = compile or self.device.type == "cuda"
+        self.tries_backward = self.compile and not is_cut_up(model)  # pieces are gathered for whole steps only
         self.examples = probe_examples(model, task)
+        self.proven: dict[nn.Module, Forward] = {}
         self.notes: list[str] = []
 
-    def network(self, *, end_to_end: bool, fused: bool) -> Network:
+    def network(self) -> Network:
         plain = Network(self.model, own_attention=str(self.model.config._attn_implementation))
         expected = [self._answer(plain, [example]) for example in self.examples]
-        network, sights = self._end_to_end(plain, expected) if end_to_end else (plain, {})
-        if fused:
-            forms = self._adopt_forms(network, sights)
-            network = replace(network, forms=forms, head=self._head(network))
+        network = self._learning(plain, expected) if self.tries_backward else self._proven(plain, expected)
+        if self.fused:
+            network = replace(network, head=self._head(network))
             quicken_dropout(self.model)
         network = self._ending(network)
         return replace(network, notes=tuple(self.notes))
+
+    def _proven(self, plain: Network, expected: list[Tensor]) -> Network:
+        network, sights = self._end_to_end(plain, expected) if self.end_to_end else (plain, {})
+        return replace(network, forms=self._adopt_forms(network, sights)) if self.fused else network
 
     def _batch(self, network: Network, examples: list[Example]) -> Batch:
         return collate(examples, 0, network.layout).to(self.device)
@@ -132,8 +148,8 @@ class _Prover:
             self.model.set_attn_implementation(ROWS)
             batch = self._batch(network, self.examples)
             rows = ObservedRows.of(list(batch.rows.lengths)).to(self.device)
-            found = _on(network, replace(batch, rows=rows), self.task)[: len(expected)]
-            disturbed = self._answer(network, [_other_tokens(self.examples[0]), *self.examples[1:]])
+            found = answer_of(network, replace(batch, rows=rows), self.task)[: len(expected)]
+            disturbed = self._answer(network, [other_tokens(self.examples[0]), *self.examples[1:]])
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
             return None
         own = 1 if self.task == "sequence_classification" else LENGTHS[0]
@@ -147,7 +163,7 @@ class _Prover:
         if self.task != "causal_lm" or has_dropout(self.model):  # what is dropped is each row's own matter
             return network
         sharing = replace(network, layout=replace(network.layout, share=1))
-        rows = _with_prefix(self.examples)
+        rows = with_prefix(self.examples)
         try:
             found = sharing.supervised_hidden(self._batch(sharing, rows))
         except (RuntimeError, ValueError, IndexError):
@@ -165,19 +181,58 @@ class _Prover:
             self.compile = False
         calls = Calls(self.model)
         try:
-            before = _on(network, self._batch(network, self.examples), self.task)
+            before = answer_of(network, self._batch(network, self.examples), self.task)
         finally:
             calls.end()
         proven = calls.proven_forms(sights, self.compile)
+        if self.compile and len(uncompiled := calls.proven_forms(sights, False)) > len(proven):
+            self.notes.append("element-wise work is not compiled: compiled forms fail or give something else")
+            self.compile, proven = False, uncompiled
         forms = adopt(proven)
-        after = _on(network, self._batch(network, self.examples), self.task)
+        after = answer_of(network, self._batch(network, self.examples), self.task)
         if close(after, before, TOLERANCES[before.dtype]):
+            self.proven = proven
             return forms
         abandon(proven)
         self.notes.append("fused forms are not used: together they change what the model gives")
         return {}
 
-    # 3. the head
+    # 3. the backward pass
+
+    def _learning(self, plain: Network, expected: list[Tensor]) -> Network:
+        """The fastest network whose backward pass works as well; if none does, the model's own code."""
+        wanted = torch.cat([embedding_gradient(plain, self._batch(plain, [one]), self.task) for one in self.examples])
+        before: list[str] = []
+        while True:
+            network = self._proven(plain, expected)
+            reason = self._why_not_backward(network, wanted)
+            if reason is None or not (network.end_to_end or network.forms):
+                self.notes += before
+                return network
+            before.append(self._step_back(plain, reason))
+
+    def _why_not_backward(self, network: Network, wanted: Tensor) -> str | None:
+        try:
+            found = embedding_gradient(network, self._batch(network, self.examples), self.task)
+        except Exception as error:  # whatever a compiler or a device's library raises
+            return first_line(error)
+        return None if close(found, wanted, GRADIENT_TOLERANCE) else "it gives another gradient"
+
+    def _step_back(self, plain: Network, reason: str) -> str:
+        """Undo what was proven, and switch the first way off that may be to blame; a note of it."""
+        abandon(self.proven)
+        self.model.set_attn_implementation(plain.own_attention)
+        self.notes, self.proven = [], {}
+        if self.compile:
+            self.compile = False
+            return f"element-wise work is not compiled: the backward pass fails: {reason}"
+        if self.end_to_end:
+            self.end_to_end = False
+            return f"rows are padded: the backward pass of rows laid end to end fails: {reason}"
+        self.fused = False
+        return f"fused forms are not used: their backward pass fails: {reason}"
+
+    # 4. the head
 
     def _head(self, network: Network) -> Head | None:
         """The output head as a formula, where it gives the model's own logits."""
@@ -195,11 +250,27 @@ class _Prover:
         for plain in _heads(self.model, table):
             head = replace(plain, ids_T=ids_T, rows_TD=rows_TD)
             if close(head.logits(hidden_MD).to(expected_MV.dtype), expected_MV, TOLERANCES[expected_MV.dtype] / 10):
-                return head
+                return self._with_kernel(head, expected_MV, batch.targets)
         self.notes.append("the loss holds all logits at once: this architecture's head is not a plain one")
         return None
 
-    # 4. the last layer
+    def _with_kernel(self, head: Head, logits_MV: Tensor, targets_M: Tensor) -> Head:
+        """The head with a compiled loss, where that gives the same."""
+        if not self.compile:
+            return head
+        compiled = replace(head, compile=True)
+        gradients = [logits_MV.clone(), logits_MV.clone()]
+        expected = loss_and_gradient(gradients[0], targets_M, head)
+        try:
+            found = loss_and_gradient(gradients[1], targets_M, compiled)
+        except Exception as error:  # as in _why_not_backward
+            self.notes.append(f"the loss is not compiled: {first_line(error)}")
+            return head
+        tolerance = TOLERANCES[logits_MV.dtype] / 10
+        right = close(found, expected, tolerance) and close(gradients[1], gradients[0], tolerance)
+        return compiled if right else head
+
+    # 5. the last layer
 
     def _ending(self, network: Network) -> Network:
         """The network whose last layer runs only where something is looked at, if that gives the same there."""
@@ -254,20 +325,6 @@ def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
     return Layout(end_to_end=True, multiple=48 if made_to_size else 1)
 
 
-def _on(network: Network, batch: Batch, task: str) -> Tensor:
-    return network.class_logits(batch) if task == "sequence_classification" else network.hidden(batch).flatten(0, 1)
-
-
-def looked_at(network: Network, batch: Batch, task: str) -> Tensor:
-    return network.class_logits(batch) if task == "sequence_classification" else network.supervised_hidden(batch)
-
-
-def only_its_last(example: Example) -> Example:
-    return replace(
-        example, supervised=example.supervised & (np.arange(len(example.input_ids)) == len(example.input_ids) - 1)
-    )
-
-
 def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:
     config = model.config
     cap = getattr(config, "final_logit_softcapping", None)
@@ -297,38 +354,3 @@ def _first_positions(model: PreTrainedModel) -> list[int]:
     tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
     padded = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
     return [*padded, 0]
-
-
-def probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
-    """A few rows of arbitrary tokens, none of them special."""
-    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 1000))
-    special = {getattr(model.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    usable = [i for i in range(min(vocabulary, 2000)) if i not in special]
-    chance = np.random.default_rng(0)
-    label = 0 if task == "sequence_classification" else None
-    return [
-        Example(
-            chance.choice(usable, length).astype(np.int32),
-            (np.arange(length) > 0) & (label is None),
-            "probe",
-            label,
-        )
-        for length in LENGTHS
-    ]
-
-
-def _with_prefix(examples: list[Example]) -> list[Example]:
-    """The rows behind a beginning that they have in common."""
-    begin = examples[-1].input_ids
-    return [
-        replace(
-            example,
-            input_ids=np.concatenate([begin, example.input_ids]),
-            supervised=np.concatenate([np.zeros(len(begin), dtype=bool), example.supervised]),
-        )
-        for example in examples
-    ]
-
-
-def _other_tokens(example: Example) -> Example:
-    return replace(example, input_ids=example.input_ids[::-1].copy())

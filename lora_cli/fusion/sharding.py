@@ -35,6 +35,11 @@ def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(model.base_model, mesh=mesh, ignored_params=set(model.parameters()))
 
 
+def is_cut_up(model: PreTrainedModel) -> bool:
+    """Whether its layers lie in pieces."""
+    return dist.is_available() and dist.is_initialized() and any(_sharded_layers(model))
+
+
 @contextmanager
 def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """While it lasts, the weights of the layer around this module are whole, if they lie in pieces at all."""
@@ -50,7 +55,11 @@ def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
 
 
 def _sharded_around(model: nn.Module, module: nn.Module) -> Any:
+    layers = _sharded_layers(model)
+    return next((layer for layer in layers if any(module is inside for inside in layer.modules())), None)
+
+
+def _sharded_layers(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
-    layers: list[Any] = [layer for layer in repeated_layers(model).values() if isinstance(layer, FSDPModule)]
-    return next((layer for layer in layers if any(module is inside for inside in layer.modules())), None)
+    return [layer for layer in repeated_layers(model).values() if isinstance(layer, FSDPModule)]

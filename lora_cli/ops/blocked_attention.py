@@ -172,10 +172,9 @@ def _product(a_SMK: Tensor, b_SKN: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = a_SMK.new_empty(len(a_SMK), a_SMK.shape[1], b_SKN.shape[2])
     whole = a_SMK.dtype.itemsize > 2 and not (a_SMK.dtype == torch.float32 and onednn_multiplies())
-    odd = whole and len(a_SMK) % 2 and torch.get_num_threads() % 2 == 0
-    even = len(a_SMK) - 1 if odd else len(a_SMK)
-    if even:
-        torch.bmm(a_SMK[:even], b_SKN[:even], out=out[:even])
-    if odd:
-        torch.mm(a_SMK[-1], b_SKN[-1], out=out[-1])
+    if not (whole and len(a_SMK) % 2 and torch.get_num_threads() % 2 == 0):
+        return torch.bmm(a_SMK, b_SKN, out=out)
+    if len(a_SMK) > 1:
+        torch.bmm(a_SMK[:-1], b_SKN[:-1], out=out[:-1])
+    torch.mm(a_SMK[-1], b_SKN[-1], out=out[-1])
     return out

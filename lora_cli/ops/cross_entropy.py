@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_cli.ops.kernels import kernel
 from lora_cli.ops.precision import wide, wide_type
 
 # Logits made at a time: enough for a fast product, and few in memory. Measured with 49,152 words on the CPU:
@@ -55,6 +56,7 @@ class Head:
     softcap: float | None = None  # Gemma 2, arXiv:2408.00118
     ids_T: Tensor | None = None
     rows_TD: Tensor | None = None
+    compile: bool = False  # whether the loss's element-wise work is one kernel
 
     def linear(self, hidden_MD: Tensor) -> Tensor:
         """h W^T + b, (M, V)"""
@@ -81,8 +83,8 @@ class Head:
 def head_loss(hidden_MD: Tensor, head: Head, targets_M: Tensor) -> Tensor:
     """The summed cross-entropy of the head's logits, float32, without ever holding all of them."""
     hidden_MD = hidden_MD.to(head.weight.dtype)
-    given = (hidden_MD, head.weight, head.bias, targets_M, head.scale, head.softcap, head.ids_T, head.rows_TD)
-    return _HeadLoss.apply(*given)
+    parameters = (head.weight, head.bias, head.ids_T, head.rows_TD)
+    return _HeadLoss.apply(hidden_MD, targets_M, head.scale, head.softcap, head.compile, *parameters)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -92,16 +94,17 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
         targets_M: Tensor,
         scale: float,
         softcap: float | None,
+        compile: bool,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
         ids_T: Tensor | None,
         rows_TD: Tensor | None,
     ) -> Tensor:
-        head = Head(weight_VD, bias_V, scale, softcap, ids_T, rows_TD)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        head = Head(weight_VD, bias_V, scale, softcap, ids_T, rows_TD, compile)
+        needs_hidden, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         loss = torch.zeros((), dtype=wide_type(hidden_MD.dtype), device=hidden_MD.device)
         dhidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide_type(weight_VD.dtype)) if needs_weight else None
@@ -109,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
         drows_TD = None if rows_TD is None else torch.zeros_like(rows_TD, dtype=wide_type(rows_TD.dtype))
         for chunk in head.chunks(hidden_MD):
             linear_CV = head.linear(hidden_MD[chunk])
-            loss += _loss_and_gradient(linear_CV, targets_M[chunk], head)
+            loss += loss_and_gradient(linear_CV, targets_M[chunk], head)
             dlinear_CV = linear_CV
             if dbias_V is not None:
                 dbias_V += dlinear_CV.sum(0, dtype=dbias_V.dtype)
@@ -126,8 +129,9 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         *parts, drows_TD = ctx.saved_tensors
-        scaled = [None if d is None else (d * gradient).to(ctx.weight_dtype) for d in parts]
-        return (*scaled, None, None, None, None, None if drows_TD is None else drows_TD * gradient)
+        dhidden, dweight, dbias = (None if d is None else (d * gradient).to(ctx.weight_dtype) for d in parts)
+        drows = None if drows_TD is None else drows_TD * gradient
+        return dhidden, None, None, None, None, dweight, dbias, None, drows
 
 
 def _take_rows(dlinear_CV: Tensor, hidden_CD: Tensor, head: Head, drows_TD: Tensor) -> Tensor:
@@ -142,33 +146,34 @@ def _take_rows(dlinear_CV: Tensor, hidden_CD: Tensor, head: Head, drows_TD: Tens
     return dlinear_CT @ head.rows_TD.to(dlinear_CT.dtype)
 
 
-def _loss_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:
+def loss_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:
     """The summed loss in float32; ``linear_CV`` becomes the loss's gradient by itself."""
     size = wide_positions(linear_CV.shape[1], linear_CV.device.type)
+    formula = kernel(_losses_and_gradient, head.compile)
     each = zip(linear_CV.split(size), targets_C.split(size), strict=True)
-    return torch.cat([_losses_and_gradient(some, targets, head) for some, targets in each]).sum()
+    return torch.cat([formula(some, targets, head.scale, head.softcap) for some, targets in each]).sum()
 
 
-def _losses_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:
+def _losses_and_gradient(linear_CV: Tensor, targets_C: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Each position's loss (C,).
 
     d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t); the cap's own derivative is 1 - tanh^2.
     """
     z_CV = wide(linear_CV)  # itself, where it is float32 already
     tanh_CV = None
-    if head.softcap is not None:
-        tanh_CV = z_CV.mul_(head.scale / head.softcap).tanh_()
-        z_CV = tanh_CV * head.softcap
-    elif head.scale != 1.0:
-        z_CV.mul_(head.scale)
+    if softcap is not None:
+        tanh_CV = z_CV.mul_(scale / softcap).tanh_()
+        z_CV = tanh_CV * softcap
+    elif scale != 1.0:
+        z_CV.mul_(scale)
     z_CV.sub_(z_CV.amax(-1, keepdim=True))
     at_targets_C1 = z_CV.gather(1, targets_C[:, None])
     sums_C1 = z_CV.exp_().sum(-1, keepdim=True)
     losses_C = (sums_C1.log() - at_targets_C1).squeeze(1)
     p_CV = z_CV.div_(sums_C1)
     p_CV.scatter_add_(1, targets_C[:, None], torch.full_like(at_targets_C1, -1.0))
-    if head.scale != 1.0:
-        p_CV.mul_(head.scale)
+    if scale != 1.0:
+        p_CV.mul_(scale)
     if tanh_CV is not None:
         p_CV.mul_(1 - tanh_CV.square_())
     linear_CV.copy_(p_CV)

@@ -68,6 +68,19 @@ def _rotated(x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, direction: int)
     return torch.addcmul(x_NHD * cos_N1D, swapped_NHD, signed_N1D, value=direction)
 
 
+def _rotated_by_halves(x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, direction: int) -> Tensor:
+    """The same for a compiler: whose loops over a roll are thirty times slower on the CPU, and these twice as fast."""
+    first, second = wide(x_NHD).chunk(2, -1)
+    (cos_first, cos_second), (sin_first, sin_second) = cos_N1D.chunk(2, -1), (signed_N1D * direction).chunk(2, -1)
+    halves = (first * cos_first + second * sin_first, second * cos_second + first * sin_second)
+    return torch.cat(halves, -1).to(x_NHD.dtype)
+
+
+def _turned(x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, direction: int, compile: bool) -> Tensor:
+    formula = _rotated_by_halves if compile else _rotated
+    return kernel(formula, compile)(x_NHD, cos_N1D, signed_N1D, direction)
+
+
 class _Rotate(torch.autograd.Function):
     """The backward pass turns the other way, so nothing but the angles is saved."""
 
@@ -75,10 +88,10 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x_NHD: Tensor, cos_N1D: Tensor, signed_N1D: Tensor, compile: bool) -> Tensor:
         ctx.compile = compile
         ctx.save_for_backward(cos_N1D, signed_N1D)
-        return kernel(_rotated, compile)(x_NHD, cos_N1D, signed_N1D, 1)
+        return _turned(x_NHD, cos_N1D, signed_N1D, 1, compile)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Any, ...]:
         cos_N1D, signed_N1D = ctx.saved_tensors
-        return kernel(_rotated, ctx.compile)(dy_NHD, cos_N1D, signed_N1D, -1), None, None, None
+        return _turned(dy_NHD, cos_N1D, signed_N1D, -1, ctx.compile), None, None, None

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lora_cli.errors import first_line
+
 
 @cache
 def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,8 +30,7 @@ def why_not_compiled(device: torch.device) -> str | None:
         values_N = torch.zeros(2, device=device)
         return None if bool((torch.compile(_trial)(values_N) == 1).all()) else "the compiled trial gave a wrong result"
     except Exception as error:  # no compiler, no headers, a broken one: each with exceptions of its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[0] if lines else type(error).__name__
+        return first_line(error)
 
 
 def _trial(values_N: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from lora_cli.ops.sending import send
+
 
 class Piece(Protocol):
     """Of the work among rows."""
@@ -111,8 +113,10 @@ class Rows:
         return replace(whole, lengths=tuple(lengths), offsets=offsets, bounds=_bounds(lengths))
 
     def to(self, device: torch.device) -> Self:
-        names = ("bounds", "key_bounds", "key_places")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """Its tensors on the device; of the keys' places only those that someone asks for."""
+        places = send(self.key_places, device) if self.prefix else self.key_places
+        bounds, key_bounds = send(self.bounds, device), send(self.key_bounds, device)
+        return replace(self, bounds=bounds, key_bounds=key_bounds, key_places=places)
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,8 @@ class Ending:
         places = torch.cat([torch.arange(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)])
         return Ending(rows.part(starts, lengths), places, torch.searchsorted(places, wanted))
 
-    def to(self, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> Ending:
-        """On the device, its tensors by ``move``, if that is given."""
-        places, wanted = (move(t) if move else t.to(device) for t in (self.places, self.wanted))
-        return Ending(self.rows.to(device), places, wanted)
+    def to(self, device: torch.device) -> Ending:
+        return Ending(self.rows.to(device), send(self.places, device), send(self.wanted, device))
 
 
 def _bounds(lengths: Iterable[int]) -> Tensor:

@@ -288,15 +288,6 @@ def _warmup_fits(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
-def _offload_is_not_compiled(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    if recipe.training.gradient_checkpointing == "offload" and recipe.training.torch_compile:
-        yield Mistake(
-            ("training", "gradient_checkpointing"),
-            "offload cannot be combined with torch_compile: copies to the host would cut each compiled layer apart",
-            "use true or selective, or remove torch_compile",
-        )
-
-
 def _one_batch_size(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     both = ("global_batch_size", "gradient_accumulation_steps")
     if recipe.training.global_batch_size is not None and all(source.was_given("training", key) for key in both):
@@ -366,7 +357,6 @@ RULES: list[Callable[[Recipe, Source], Iterator[Mistake]]] = [
     _evaluation_source,
     _known_metric,
     _warmup_fits,
-    _offload_is_not_compiled,
     _one_batch_size,
     _auto_tries_alone,
     _fsdp_is_for_lora,

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from lora_cli.errors import LoraError, UsageError
-from lora_cli.models import first_line
+from lora_cli.errors import LoraError, UsageError, first_line
 from lora_cli.storage import storage_errors
 
 Line = dict[str, Any]

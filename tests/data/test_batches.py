@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lora_cli.data.batches import Batch, Layout, StepPlan, collate, evaluation_batches, shared_prefix
+from lora_cli.data.batches import PADDED, Batch, Layout, StepPlan, collate, evaluation_batches, shared_prefix
 from lora_cli.data.encoding import Example
 from lora_cli.distributed import World
 
@@ -221,6 +222,38 @@ def test_a_batch_on_a_device_is_the_same_batch():
     assert torch.equal(moved.input_ids, batch.input_ids)
     assert torch.equal(moved.targets, batch.targets)
     assert (moved.where, moved.num_targets) == (batch.where, batch.num_targets)
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[tuple[bool, bool]]:
+    """How tensors leave for a CUDA device that is not here: (pinned, without waiting) of each."""
+    pinned: set[int] = set()
+    found: list[tuple[bool, bool]] = []
+    own = Tensor.to
+
+    def pin(tensor):
+        pinned.add(id(tensor))
+        return tensor
+
+    def to(tensor, *given, **options):
+        if given and given[0] == torch.device("cuda"):
+            found.append((id(tensor) in pinned, options.get("non_blocking", False)))
+            return tensor
+        return own(tensor, *given, **options)
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [(PADDED, 8), (Layout(end_to_end=True), 6), (Layout(end_to_end=True, share=1, looks_at="targets"), 11)],
+)
+def test_nothing_waits_for_a_batch_on_its_way_to_cuda(layout, count, sent):
+    rows = [example([5, 6, *range(7, 17)], [11], "a"), example([5, 6, *[4] * 8], [9], "b")]
+    collate(rows, 0, layout).to(torch.device("cuda"))
+    assert sent == [(True, True)] * count
 
 
 def test_processes_share_a_step_without_losing_or_doubling_a_row():

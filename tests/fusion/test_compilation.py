@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,9 @@ from lora_cli.adapters.injection import adapters_of
 from lora_cli.adapters.quantized import quantized
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
-from lora_cli.fusion import proof
+from lora_cli.fusion import attention, forms, proof
 from lora_cli.fusion.proof import build_compiled_network, build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.ops import kernels
 from tests.conftest import tiny_model
 from tests.fusion.test_networks import CAUSAL, adapted, loss_and_gradients, rows_of, worst
@@ -32,8 +35,113 @@ def test_fused_forms_compile_their_element_wise_work_and_nothing_else(monkeypatc
     network = build_compiled_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
     assert network.end_to_end
     loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
-    assert set(formulas) == {"_rms_norm_forward", "_rms_norm_backward", "_rotated", "_inner", "_inner_backward"}
+    norms, gated = {"_rms_norm_forward", "_rms_norm_backward"}, {"_inner", "_inner_backward"}
+    assert set(formulas) == norms | gated | {"_rotated_by_halves", "_losses_and_gradient"}
     assert layers == []
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, formula_name: str, result: object) -> None:
+    """A compiler whose kernel of one formula raises, or gives something else."""
+
+    def compiled(formula):
+        def kernel(*inputs):
+            if isinstance(result, Exception):
+                raise result
+            return result(formula(*inputs))
+
+        return kernel if formula.__name__ == formula_name else formula
+
+    pretend(monkeypatch)
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+
+
+@pytest.mark.parametrize("formula", ["_rms_norm_backward", "_inner_backward"])
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (RuntimeError("\nno such instruction\nmore"), "no such instruction"),
+        (lambda found: tuple(-3 * t for t in found) if isinstance(found, tuple) else -3 * found, "another gradient"),
+    ],
+)
+def test_kernels_that_fail_backward_are_found_before_the_first_step_and_not_used(formula, result, reason, monkeypatch):
+    build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
+    plain = build_network(build(), "causal_lm")
+    failing(monkeypatch, formula, result)
+    network = build_compiled_network(build(), "causal_lm")
+    (note,) = network.notes
+    assert note.startswith("element-wise work is not compiled: the backward pass fails: ")
+    assert reason in note
+    assert (network.forms, network.layout) == (plain.forms, plain.layout)
+    ours, other = (loss_and_gradients(n, "causal_lm", rows_of("causal_lm")) for n in (network, plain))
+    assert worst(ours, other) == 0
+
+
+def test_kernels_that_fail_forward_cost_no_fused_form(monkeypatch):
+    build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
+    plain = build_network(build(), "causal_lm")
+    failing(monkeypatch, "_inner", RuntimeError("no such instruction"))
+    network = build_compiled_network(build(), "causal_lm")
+    assert network.notes == ("element-wise work is not compiled: compiled forms fail or give something else",)
+    assert network.forms == plain.forms
+
+
+@pytest.mark.parametrize(
+    ("result", "notes"),
+    [(RuntimeError("no such instruction"), ("the loss is not compiled: no such instruction",)), (lambda x: -3 * x, ())],
+)
+def test_a_kernel_of_the_loss_is_used_only_where_it_gives_the_loss(result, notes, monkeypatch):
+    build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
+    plain = build_network(build(), "causal_lm")
+    pretend(monkeypatch)
+    assert build_compiled_network(build(), "causal_lm").head.compile
+    failing(monkeypatch, "_losses_and_gradient", result)
+    network = build_compiled_network(build(), "causal_lm")
+    assert network.notes == notes
+    assert not network.head.compile
+    ours, other = (loss_and_gradients(n, "causal_lm", rows_of("causal_lm")) for n in (network, plain))
+    assert worst(ours, other) < 1e-6
+
+
+def test_attention_that_fails_backward_is_found_before_the_first_step_and_rows_are_padded(monkeypatch):
+    """As flash attention of a library might, on a device that this version of it does not know."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no kernel image is available")
+
+    own = forms.attend_rows
+    monkeypatch.setattr(forms, "attend_rows", lambda *inputs: Fails.apply(own(*inputs)))
+    monkeypatch.setattr(attention, "attend_rows", lambda *inputs: Fails.apply(own(*inputs)))
+    pretend(monkeypatch)
+    network = build_compiled_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
+    assert [note.split(":")[0] for note in network.notes] == ["element-wise work is not compiled", "rows are padded"]
+    assert all(note.endswith("no kernel image is available") for note in network.notes)
+    assert network.layout == PADDED
+    assert set(network.forms) == {"norm", "gated"}
+    loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+    untried = build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
+    with pytest.raises(RuntimeError, match="no kernel image"):  # without a trial the first step would meet it
+        loss_and_gradients(untried, "causal_lm", rows_of("causal_lm"))
+
+
+@pytest.mark.parametrize("kind", sorted(CAUSAL))
+def test_the_trial_of_the_backward_pass_refuses_nothing_that_is_right(kind, monkeypatch):
+    pretend(monkeypatch)
+    tried = []
+    own = proof.embedding_gradient
+    monkeypatch.setattr(proof, "embedding_gradient", lambda *given: tried.append(own(*given)) or tried[-1])
+    plain = build_network(adapted(kind, "causal_lm", CAUSAL[kind][0]), "causal_lm")
+    assert not tried, "nothing is tried that torch's own operations do"
+    network = build_network(adapted(kind, "causal_lm", CAUSAL[kind][0]), "causal_lm", compile=True)
+    *alone, together = tried
+    alone = torch.cat(alone)
+    assert float((together - alone).norm() / alone.norm()) < 1e-4
+    assert (network.notes, network.forms, network.layout) == (plain.notes, plain.forms, plain.layout)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
@@ -43,7 +151,7 @@ def test_a_model_without_fused_forms_has_its_layers_compiled_with_rows_side_by_s
     network, plain = build_compiled_network(build(), "causal_lm"), build_network(build(), "causal_lm")
     assert len(layers) == 2
     assert all("forward" not in vars(layer) for layer in layers), "whole layers, the last one too"
-    assert formulas == []
+    assert set(formulas) == {"_losses_and_gradient"}
     assert network.layout == PADDED
     assert plain.end_to_end, "without compiling it would not pad"
     assert "rows are padded: layers are compiled" in network.notes
@@ -75,6 +183,17 @@ def test_whole_layers_of_a_quantized_base_are_not_compiled_and_fused_forms_of_on
     network = build_compiled_network(llama, "causal_lm")
     assert set(network.forms) == {"norm", "gated", "attention"}
     loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+    assert "_inner_backward" in formulas
+
+
+def test_whole_layers_whose_inputs_wait_on_the_host_are_not_compiled_and_fused_forms_are(monkeypatch):
+    formulas, layers = pretend(monkeypatch)
+    for kind, refused in [("gpt2", True), ("llama", False)]:
+        model = adapted(kind, "causal_lm", CAUSAL[kind][0])
+        checkpoint_activations(model, "offload")
+        with pytest.raises(UsageError, match="inputs wait on the host") if refused else nullcontext():
+            build_compiled_network(model, "causal_lm")
+        assert layers == []
     assert "_inner_backward" in formulas
 
 

@@ -16,7 +16,7 @@ from lora_cli.adapters.injection import adapters_of, attach, freeze_base
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.targets import find_targets
 from lora_cli.data.batches import collate
-from lora_cli.fusion import recompute
+from lora_cli.fusion import offloading, recompute
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
@@ -60,29 +60,38 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 class Host:
-    """Takes the place of the pinned memory of a CUDA device's host, and counts what it gets."""
+    """Takes the place of the pinned memory of a CUDA device's host, and notes what comes and goes."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.fetched = 0
+        self.copies: list[weakref.ref[Tensor]] = []
         self.originals: list[weakref.ref[Tensor]] = []
+        self.sent: list[int] = []  # numbers of those that were asked back
+        self.arrived: list[int] = []
 
-    def stow(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def out(self, tensor: Tensor) -> Tensor:
         self.bytes += tensor.nbytes
         self.originals.append(weakref.ref(tensor))
         copy = tensor.clone()
+        self.copies.append(weakref.ref(copy))
+        return copy
 
-        def fetch() -> Tensor:
-            self.fetched += 1
-            return copy.clone()
+    def back(self, host: Tensor) -> Callable[[], Tensor]:
+        number = next(number for number, copy in enumerate(self.copies) if copy() is host)
+        self.sent.append(number)
+        tensor = host.clone()
 
-        return fetch
+        def arrived() -> Tensor:
+            self.arrived.append(number)
+            return tensor
+
+        return arrived
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host()
-    monkeypatch.setattr(recompute, "stow", host.stow)
+    monkeypatch.setattr(offloading, "lane_of", lambda device: host)
     return host
 
 
@@ -168,7 +177,7 @@ def test_a_forgotten_state_of_chance_would_be_noticed(host, monkeypatch):
     network = Network(adapted(dropout=0.3))
     plain = gradients(network)
     checkpoint_activations(network.model, "offload")
-    monkeypatch.setattr(recompute.torch, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(offloading.torch, "set_rng_state", lambda state: None)
     assert difference(gradients(network), plain) > 1e-2
 
 
@@ -212,7 +221,40 @@ def test_a_stowed_tensor_is_freed_before_the_backward_pass(host):
     loss = CausalLM.loss_sum(network, collate(rows_of("causal_lm"), 0, network.layout))
     assert [original() for original in host.originals] == [None] * LAYERS
     loss.backward()
-    assert host.fetched == LAYERS
+    assert host.arrived == [3, 2, 1, 0]
+
+
+def test_what_a_layer_needs_is_sent_for_while_the_layer_above_is_computed_again(host):
+    model = adapted()
+    checkpoint_activations(model, "offload")
+    seen: list[list[int]] = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(list(host.sent)))
+    gradients(Network(model))
+    assert seen == [*[[]] * LAYERS, [3, 2], [3, 2, 1], [3, 2, 1, 0], [3, 2, 1, 0]]
+    assert host.arrived == [3, 2, 1, 0]
+    gradients(Network(model))
+    assert host.sent[LAYERS:] == host.arrived[LAYERS:] == [7, 6, 5, 4], "of the pass before, nothing is sent for"
+
+
+def test_the_host_s_copies_are_given_back_as_soon_as_they_have_arrived(host):
+    """Though someone still holds the loss, and so the graph."""
+    model = adapted()
+    checkpoint_activations(model, "offload")
+    network = Network(model)
+    loss = CausalLM.loss_sum(network, collate(rows_of("causal_lm"), 0, network.layout))
+    assert all(copy() is not None for copy in host.copies)
+    loss.backward()
+    assert [copy() for copy in host.copies] == [None] * LAYERS
+
+
+def test_an_unfinished_pass_is_not_fetched_by_the_next_one(host):
+    model = adapted()
+    checkpoint_activations(model, "offload")
+    network = Network(model)
+    CausalLM.loss_sum(network, collate(rows_of("causal_lm"), 0, network.layout))
+    gradients(network)
+    assert host.sent == [7, 6, 5, 4]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -345,13 +345,6 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
             ("gradient_checkpointing", "offload", "offload cannot be combined with fsdp"),
         ]
     ),
-    (
-        "_offload_is_not_compiled",
-        ["training.gradient_checkpointing=offload", "training.torch_compile=true"],
-        "training.gradient_checkpointing",
-        "offload cannot be combined with torch_compile",
-        ["training.gradient_checkpointing=selective", "training.torch_compile=true"],
-    ),
 ]
 
 
