@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_cli.commands import memory as memory_module
+from lora_cli.commands import trainable
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.batches import collate
@@ -75,6 +76,41 @@ def test_activations_of_a_fused_llama_by_hand(recipe, every_token):
     probabilities = sum(tile.num_scores for tiling in tilings for tile in tiling.tiles)
     floats = layers + ends + head + matrices + probabilities
     assert plan.activations == pytest.approx(4 * floats + bytes_of_tables(tilings), rel=0.02)
+
+
+def on_cuda(path, monkeypatch: pytest.MonkeyPatch, *changes: str) -> MemoryPlanner:
+    """A plan for a device that is not here, with 8 GB."""
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: 8 * 10**9)
+    monkeypatch.setattr(trainable, "choose_device", lambda use_cpu: torch.device("cuda"))
+    plan = make_plan(load_recipe(path, ["model.dtype=bfloat16", "dataset.train_on_prompt=true", *changes]))
+    return MemoryPlanner(replace(plan, device=torch.device("cuda")))
+
+
+def test_activations_on_cuda_by_hand(recipe, monkeypatch):
+    """Flash attention keeps its output, which the next projection keeps anyway, and a float32 number a head."""
+    found = on_cuda(recipe(), monkeypatch)
+    plan = found.memory()
+    n, heads = plan.tokens, 4
+    assert found.network.layout.multiple == 1
+    narrow = n * LAYERS * (HIDDEN + 3 * R + HIDDEN)  # q, k, v of one input, and its A x; the layer's own input
+    narrow += n * LAYERS * (HIDDEN + 2 * VALUES + HIDDEN + R)  # q, k, v; attention's output, and A x
+    narrow += n * LAYERS * (2 * HIDDEN + 2 * R + 2 * INNER + R)  # the second norm's input; gate and up; down
+    narrow += n * (HIDDEN + 2 * 8)  # the last norm's input; cos and signed sin
+    rows = found.plan.steps.largest_micro_batch(found.plan.dataset.train, 4, found.network.layout)
+    narrow += sum(row.num_targets for row in rows) * HIDDEN  # the head's gradient
+    narrow += LAYERS * R * (3 * 32 + 2 * 32 + 32 + 2 * 16 + 32 + 2 * 48 + 32)  # A stacked, B scaled
+    wide = n * LAYERS * (2 + heads) + n  # lengths of norms, logarithms of sums
+    assert plan.activations == pytest.approx(2 * narrow + 4 * wide, rel=0.02)
+    assert (plan.process, plan.heap) == (0, 0)
+
+
+def test_offloaded_inputs_weigh_nothing_on_cuda_but_the_two_that_are_on_their_way(recipe, monkeypatch):
+    path, key = recipe(), "training.gradient_checkpointing"
+    kept, offloaded = (on_cuda(path, monkeypatch, f"{key}={how}").memory() for how in ("true", "offload"))
+    inputs = LAYERS * kept.tokens * HIDDEN * 2
+    tables = kept.tokens * (2 * 8 * 2 + 8)  # of positions, which torch's own way keeps as well, uncounted
+    assert kept.activations - offloaded.activations == pytest.approx(inputs, abs=tables)
+    assert offloaded.temporaries <= kept.temporaries + inputs + tables
 
 
 def bytes_of_tables(tilings: list[Tiling]) -> int:
