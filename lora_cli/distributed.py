@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,6 +39,9 @@ _BROKEN = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL
 TELL_SECONDS = 60.0  # for a message to be printed, and a crash log to be written
 
 
+_WORKING_ALONE: ContextVar[bool] = ContextVar("working alone", default=False)  # inside World.together
+
+
 @dataclass(frozen=True)
 class World:
     """Who this process is among ``size`` of them."""
@@ -55,12 +59,14 @@ class World:
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
+            _check_all_come_here()
             dist.all_reduce(tensor)
         return tensor
 
     def spread(self, tensor: Tensor) -> Tensor:
         """The main process's values, in place."""
         if self.size > 1:
+            _check_all_come_here()
             dist.broadcast(tensor, src=0)
         return tensor
 
@@ -68,6 +74,7 @@ class World:
         """Every process's value (anything that JSON holds), by rank."""
         if self.size == 1:
             return [value]
+        _check_all_come_here()
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
@@ -102,15 +109,21 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A part of the run that all processes finish, or none does: the first of those that fail tells its error."""
+        """A part of the run that all processes finish, or none does: the first of those that fail tells its error.
+
+        In it each works for itself: in a sum, the others would wait for one that has failed.
+        """
         if self.size == 1:
             yield
             return
         failure: BaseException | None = None
+        inside = _WORKING_ALONE.set(True)
         try:
             yield
         except Exception as error:  # a bug, too, must not leave the others waiting
             failure = error
+        finally:
+            _WORKING_ALONE.reset(inside)
         codes = self.gather(exit_code_of(failure) if failure is not None else 0)
         if any(codes):
             speaker = next(rank for rank, code in enumerate(codes) if code)
@@ -149,6 +162,10 @@ class World:
                         "give every machine the same recipe, rows, model and kind of device",
                     )
                 )
+
+
+def _check_all_come_here() -> None:
+    assert not _WORKING_ALONE.get(), "a sum of all processes inside a part that one of them may leave by failing"
 
 
 ALONE = World()

@@ -61,6 +61,19 @@ def test_what_one_or_all_find_wrong_is_told_once_and_ends_all(failing):
     assert ranks.codes == [6, 6]
 
 
+def add_together(world: World) -> None:
+    with world.together():
+        world.add(torch.zeros(2))
+
+
+def test_no_sum_is_taken_inside_a_part_that_one_may_leave_by_failing():
+    ranks = Ranks(2)
+    main, other = ranks.call(add_together)
+    assert isinstance(main, AssertionError)
+    assert isinstance(other, ToldElsewhere)
+    assert talk(ALONE), "and outside of one it is no longer refused"
+
+
 def bug_in_one(world: World) -> None:
     with world.together():
         assert world.rank == 0, "a bug"

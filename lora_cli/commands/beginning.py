@@ -35,7 +35,7 @@ def ranks_of(checkpoint: Path | None, plan: Plan) -> Ranks | None:
 
 
 @torch.no_grad()
-def begin(model: PreTrainedModel, plan: Plan, base: Path, ranks: Ranks | None, world: World) -> None:
+def begin(model: PreTrainedModel, plan: Plan, base: Path, ranks: Ranks | None) -> None:
     """Give every adapter its first values; zeros of the checkpoint's ranks where ``restore`` puts the values in."""
     layers = adapters_of(model)
     if ranks is not None:
@@ -51,8 +51,12 @@ def begin(model: PreTrainedModel, plan: Plan, base: Path, ranks: Ranks | None, w
         for name, update in read_adapter(base / START).updates.items():
             layers[name].begin(update.lora_A, update.lora_B)
     model.zero_grad(set_to_none=True)
-    # no two processors need agree on a decomposition to the last bit
-    for module in (*layers.values(), *rows_of(model).values()):
+
+
+@torch.no_grad()
+def agree_on_beginning(model: PreTrainedModel, world: World) -> None:
+    """All processes begin with the main one's values: no two processors need agree on a decomposition's last bit."""
+    for module in (*adapters_of(model).values(), *rows_of(model).values()):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             world.spread(tensor)
 

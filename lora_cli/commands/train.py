@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
 from lora_cli.adapters.backbone import read_report
 from lora_cli.adapters.files import load_trained
 from lora_cli.commands.autosize import Choice, agreed, is_auto, planned, prove
 from lora_cli.commands.base import base_folder, known_base
-from lora_cli.commands.beginning import Ranks, begin, ranks_of
+from lora_cli.commands.building import LOADING_CURE, build_model, choose_network
 from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.memory import MemoryPlanner
@@ -23,17 +22,13 @@ from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, located, make_plan
 from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
-from lora_cli.commands.trainable import prepare, quantize_base
-from lora_cli.device import give_back_freed_memory, memory_errors, prepare_for_training
+from lora_cli.device import memory_errors, prepare_for_training
 from lora_cli.distributed import ALONE, World
-from lora_cli.errors import Mistake, RecipeError, UsageError
+from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.multiplying import products_for
 from lora_cli.fusion.network import Network
-from lora_cli.fusion.proof import build_compiled_network, build_network
-from lora_cli.fusion.recompute import checkpoint_activations
-from lora_cli.fusion.sharding import shard_layers
 from lora_cli.hub import weight_files
-from lora_cli.models import fingerprint, head_modules, load_model
+from lora_cli.models import fingerprint
 from lora_cli.recipe import LoadedRecipe, Recipe
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact
@@ -44,8 +39,6 @@ from lora_cli.training.metrics import MetricsFile, NoMetrics, build_trackers
 from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.run import Observer, Run
 from lora_cli.training.signals import StopRequest
-
-LOADING_CURE = "use a smaller model, or model.dtype: bfloat16"
 
 
 class TrainObserver(Observer, Protocol):
@@ -122,17 +115,14 @@ def train(
         # 3. the model, and the weights of the checkpoint
         planner = MemoryPlanner(plan, remote_code=remote_code) if is_auto(plan) else None
         sizes = planned(planner, standing.state.micro_batch_size) if planner else []
-        with world.together(), memory_errors(LOADING_CURE):
-            ranks = world.tell(ranks_of(standing.checkpoint, plan))
-            model = build_model(plan, standing.base, ranks, remote_code=remote_code, world=world)
+        model = build_model(plan, standing.base, standing.checkpoint, remote_code=remote_code, world=world)
         plan = replace(plan, model=plan.model.with_trained(model))
-        with memory_errors(LOADING_CURE):
-            network = choose_network(model, plan, world)
-            with world.together():
-                rows = [*plan.dataset.train, *plan.dataset.eval]
-                network = cached(network, plan.recipe, rows, plan.pad_id, output.root)
-            observer.network(network)
+        network = choose_network(model, plan, world)
+        with world.together(), memory_errors(LOADING_CURE):
+            rows = [*plan.dataset.train, *plan.dataset.eval]
+            network = cached(network, plan.recipe, rows, plan.pad_id, output.root)
             optimizer = FlatAdamW(model, plan.recipe.training)
+        observer.network(network)
         seed_dropout(plan, standing.state, world)
         if world.tell(standing.checkpoint is not None):
             restore(standing.checkpoint or Path(), model, optimizer, world)
@@ -267,66 +257,6 @@ def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing) -> O
 def is_finished(plan: Plan, state: State) -> bool:
     evaluated = not plan.dataset.eval or state.evaluated_step == state.step
     return (state.step == plan.total_steps or state.stopped_early) and evaluated
-
-
-def is_sharded(plan: Plan, world: World) -> bool:
-    return plan.recipe.training.strategy == "fsdp" and world.size > 1
-
-
-def build_model(
-    plan: Plan, base: Path, ranks: Ranks | None = None, *, remote_code: bool = False, world: World = ALONE
-) -> PreTrainedModel:
-    """The base with its weights, adapters attached and initialised, on the device, ready to train.
-
-    ``ranks`` are those of a checkpoint to go on from.
-    """
-    recipe = plan.recipe
-    torch.manual_seed(stream_seed(recipe.training.seed, "head"))  # transformers draws what the files do not hold
-    model, missing = load_model(
-        base,
-        plan.model.config,
-        recipe.task,
-        plan.dtype,
-        attn_implementation=recipe.model.attn_implementation,
-        remote_code=remote_code,
-    )
-    _check_missing(missing, plan, base)
-    if quantize_base(model, recipe, base):
-        give_back_freed_memory()  # the dense weights
-    prepare(model, recipe, plan.model.new_ids)
-    sharded = is_sharded(plan, world)
-    if not sharded:
-        model.to(plan.device)
-    begin(model, plan, base, ranks, world)
-    if sharded:
-        shard_layers(model, plan.device)
-        model.to(plan.device)
-    if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model, recipe.training.gradient_checkpointing)
-    return model
-
-
-def choose_network(model: PreTrainedModel, plan: Plan, world: World) -> Network:
-    """The fastest way to run the model that is shown to be right on it."""
-    build = build_compiled_network if plan.recipe.training.torch_compile else build_network
-    sharded = is_sharded(plan, world)
-    with nullcontext() if sharded else world.together():  # sharded, one that fails is missed by the others at once
-        network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
-    return replace(network, sharded=sharded)
-
-
-def _check_missing(missing: list[str], plan: Plan, base: Path) -> None:
-    """Parameters that the files lack are random: fine in a part that is trained, ruinous in a frozen one."""
-    allowed = [*head_modules(plan.model.skeleton, plan.recipe.task), *plan.model.saved]
-    frozen = [name for name in missing if not any(name.startswith(f"{module}.") for module in allowed)]
-    if frozen:
-        modules = sorted({name.rsplit(".", 1)[0] for name in frozen})
-        cure = f"set lora.modules_to_save: [{', '.join(modules[:4])}]" if plan.recipe.method != "full" else "use lora"
-        raise UsageError(
-            f"the weights in {base} lack {', '.join(frozen[:4])}{' and more' if len(frozen) > 4 else ''}: "
-            "they would be random",
-            f"is this the right model? To train them from scratch, {cure}",
-        )
 
 
 def build_run(

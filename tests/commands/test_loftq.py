@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_cli.adapters.loftq import KINDS
 from lora_cli.adapters.quantized import QuantizedLinear
+from lora_cli.commands.building import build_model
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.output import adapter_config
 from lora_cli.commands.plan import make_plan
-from lora_cli.commands.train import build_model
 from lora_cli.errors import UsageError
 from lora_cli.recipe import load_recipe
 from lora_cli.weights import packed_weights

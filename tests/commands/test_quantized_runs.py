@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.adapters.quantized import QuantizedLinear
 from lora_cli.adapters.targets import linear_modules
+from lora_cli.commands.building import build_model
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.plan import make_plan
-from lora_cli.commands.train import build_model
 from lora_cli.models import load_model, read_config
 from lora_cli.ops.packing import library
 from lora_cli.recipe import load_recipe

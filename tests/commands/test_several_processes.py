@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_cli.commands import train as train_command
+from lora_cli.distributed import World
+from lora_cli.errors import OutOfMemoryError, ToldElsewhere
+from lora_cli.recipe import load_recipe
+from lora_cli.report.training import Silence
 from tests.conftest import chat_rows, write_jsonl
 from tests.processes import Ranks, finish, printed, start
 
@@ -84,6 +90,34 @@ def test_a_finished_run_says_so_once(recipe, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("adapter/*")}
     assert json.loads(printed(tmp_path / "again" / "rank-0", "stdout"))["steps"] == 1
     assert printed(tmp_path / "again" / "rank-1", "stdout") == ""
+
+
+def run_out_of_memory(world: World, path: Path, module: str, name: str, failing: int) -> None:
+    def boom(*anything: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if world.rank == failing:
+        setattr(import_module(f"lora_cli.commands.{module}"), name, boom)
+    train_command.train(load_recipe(path), Silence(), world=world)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "failing"),
+    [
+        ("building", "load_model", 0),
+        ("building", "load_model", 1),
+        ("building", "begin", 1),
+        ("building", "build_network", 0),
+        ("train", "cached", 1),
+    ],
+)
+def test_one_process_without_memory_ends_all_within_seconds_wherever_it_happens(module, name, failing, recipe):
+    ranks = Ranks(2)
+    results = ranks.call(run_out_of_memory, recipe(), module, name, failing, seconds=30)
+    assert [type(result) for result in results] == [
+        OutOfMemoryError if rank == failing else ToldElsewhere for rank in range(2)
+    ]
+    assert ranks.codes == [4, 4]
 
 
 def wait_for_step(folder: Path, step: int) -> None:

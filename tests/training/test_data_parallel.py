@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_cli.commands.train import checkpoint_activations
 from lora_cli.data.batches import StepPlan, collate
 from lora_cli.device import memory_errors
 from lora_cli.distributed import ALONE, World
@@ -18,6 +17,7 @@ from lora_cli.errors import NonFiniteError, OutOfMemoryError, ToldElsewhere, Usa
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
+from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import TASKS, CausalLM
