@@ -219,9 +219,21 @@ def _meet(world: World) -> Any:
 def _watch(store: Any, done: threading.Event) -> None:
     """Leave when another process has ended: the main thread may wait for it in a kernel that never returns."""
     while not done.wait(WATCH_SECONDS):
+        if _is_lost(store):  # with whoever started the processes: nobody is left to stop them
+            if not done.wait(GRACE_SECONDS):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return
         code = _ended(store)
         if code and not done.wait(GRACE_SECONDS):
             os._exit(code)
+
+
+def _is_lost(store: Any) -> bool:
+    try:
+        store.check([ENDED])
+    except RuntimeError:
+        return True
+    return False
 
 
 def _ended(store: Any, seconds: float = 0.0) -> int:

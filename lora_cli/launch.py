@@ -2,7 +2,7 @@
 
 `lora train --nproc-per-node N` does on one machine what torchrun does: it hosts the store at which the
 processes meet, starts them with torchrun's own machinery, passes signals on and waits. Unlike torchrun it
-ends with the exit code of the process that ended first, and says nothing.
+ends with the exit code of the process that failed first, and says nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Any
 from lora_cli.errors import UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What the processes are sent for each signal: a terminal that closes asks them to stop, too.
+FORWARDED = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGQUIT: signal.SIGTERM,
+}
 
 
 def launched() -> bool:
@@ -68,22 +75,31 @@ def launch(processes: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it tells of every process that ends
+    ignored = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]  # by nohup
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory() as folder:
         context = start_processes(
             "lora",
             sys.executable,
-            args=dict.fromkeys(range(processes), ("-m", "lora_cli", *arguments)),
+            args=dict.fromkeys(range(processes), ("-P", "-m", "lora_cli", *arguments)),  # no module of this folder
             envs={rank: environment(rank, processes, store.port) for rank in range(processes)},
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        _forward_signals(context)
+        _forward_signals(context, ignored)
         result = context.wait(period=0.1)
     assert result is not None
-    first = next(iter(result.failures.values()), None)  # the others follow it
-    if first is None:
-        return 0
-    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    return exit_code([failure.exitcode for failure in result.failures.values()])
+
+
+def exit_code(codes: list[int]) -> int:
+    """The run's, from those of the processes that failed first; minus n is one that signal n has ended.
+
+    A signal that asks a run to stop and finds none yet is told as such; any other came from outside (1).
+    """
+    if told := [code for code in codes if code > 0]:
+        return told[0]
+    asked = [128 - code for code in codes if -code in FORWARDED.values()]
+    return asked[0] if asked else int(bool(codes))
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -105,15 +121,15 @@ def _cores() -> Any:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
-def _forward_signals(context: Any) -> None:
+def _forward_signals(context: Any, ignored: list[signal.Signals]) -> None:
     """The processes have sessions of their own, so a terminal's Ctrl-C reaches this one only."""
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for pid in context.pids().values():
             try:
-                os.kill(pid, signum)
+                os.kill(pid, FORWARDED[signal.Signals(signum)])
             except ProcessLookupError:  # it has just ended
                 continue
 
     for number in FORWARDED:
-        signal.signal(number, forward)
+        signal.signal(number, signal.SIG_IGN if number in ignored else forward)

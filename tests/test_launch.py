@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_cli.errors import UsageError
-from lora_cli.launch import VARIABLES, check_devices, check_launch, environment, launched
+from lora_cli.launch import VARIABLES, check_devices, check_launch, environment, exit_code, launched
 from tests.processes import finish, printed, start
 
 HERE_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -93,17 +95,67 @@ def test_the_exit_code_and_the_one_message_come_from_the_processes(recipe, tmp_p
     assert "elastic" not in printed(tmp_path)
 
 
-def test_a_signal_to_the_launcher_stops_the_run_with_its_state_saved(recipe, tmp_path):
+@pytest.fixture
+def started(recipe, tmp_path):
+    """A long run of two processes that has taken its first steps."""
     path = recipe(**{"training.max_steps": 4000, "training.save_steps": 4000, "training.logging_steps": 20})
-    command = ("train", path, "--nproc-per-node", 2)
-    process = start(tmp_path, *command, variables=HERE_ONLY)
+    process = start(tmp_path, "train", path, "--nproc-per-node", 2, variables=HERE_ONLY)
     metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    return process
+
+
+def wait_until(there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    while not there():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130
-    assert "stopped by SIGINT after step" in printed(tmp_path)
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
-    step = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text())["step"]
+
+
+def workers(process) -> list[int]:
+    """Those of the launcher, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"lora_cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [json.loads(path.read_text())["step"] for path in (folder / "run" / "checkpoints").glob("*/state.json")]
+
+
+@pytest.mark.parametrize(("sent", "stopped_by"), [("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")])
+def test_a_signal_to_the_launcher_stops_the_run_with_its_state_saved(started, sent, stopped_by, tmp_path):
+    os.kill(started.pid, signal.Signals[sent])
+    assert finish(started) == 128 + signal.Signals[stopped_by]
+    assert f"stopped by {stopped_by} after step" in printed(tmp_path)
+    (step,) = saved_steps(tmp_path)
     assert 0 < step < 4000
+
+
+def test_processes_whose_launcher_is_killed_save_and_leave(started, tmp_path):
+    pids = workers(started)
+    assert len(pids) == 2
+    os.kill(started.pid, signal.SIGKILL)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert "stopped by SIGTERM after step" in printed(tmp_path)
+    assert len(saved_steps(tmp_path)) == 1
+
+
+def test_a_process_that_is_killed_ends_the_run_with_code_1(started, tmp_path):
+    os.kill(workers(started)[1], signal.SIGKILL)
+    assert finish(started) == 1
+    assert saved_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([], 0), ([6], 6), ([-9], 1), ([-15], 143), ([-9, 4], 4), ([-11, -15], 143), ([-11], 1), ([130, 130], 130)],
+)
+def test_the_exit_code_is_the_first_that_a_process_gave_by_itself(codes, expected):
+    assert exit_code(codes) == expected
+
+
+def test_no_module_of_the_current_folder_takes_the_place_of_a_library(recipe, tmp_path, monkeypatch):
+    (tmp_path / "typer.py").write_text("raise SystemExit(77)")
+    monkeypatch.chdir(tmp_path)
+    path = recipe(**{"training.max_steps": 1})
+    assert finish(start(tmp_path, "train", path, "--nproc-per-node", 2, variables=HERE_ONLY)) == 0
