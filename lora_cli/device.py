@@ -110,17 +110,11 @@ def available_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    found = [value for value in (_machine_bytes(), *_group_bytes(CGROUPS)) if value is not None]
+    found = [value for value in (_machine_bytes(), *_group_bytes()) if value is not None]
     return min(found, default=None)
 
 
-CGROUPS = (  # limit and use, of the second and the first version
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def _machine_bytes() -> int | None:
@@ -131,13 +125,41 @@ def _machine_bytes() -> int | None:
         return None
 
 
-def _group_bytes(groups: tuple[tuple[Path, Path], ...]) -> Iterator[int]:
-    """What each control group leaves; ``max`` means that it has no limit."""
-    for limit, used in groups:
+def _group_bytes() -> Iterator[int]:
+    """What each control group that this process is in leaves; ``max`` means that it has no limit."""
+    for group, limit, used in _groups():
         try:
-            yield max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+            most, held = (int((group / name).read_text(encoding="ascii")) for name in (limit, used))
         except (OSError, ValueError):
             continue
+        yield max(0, most - held + _idle_bytes(group))
+
+
+def _idle_bytes(group: Path) -> int:
+    """What the system holds for a group of files that nobody has read lately: free for the asking."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
+    return found.get("total_inactive_file", found.get("inactive_file", 0))
+
+
+def _groups() -> Iterator[tuple[Path, str, str]]:
+    """This process's control groups and all around them, with the names of limit and use (``man 7 cgroups``).
+
+    In a container its own group is mounted as the root, whatever path it has outside.
+    """
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        lines = []
+    second = next((Path(path) for number, _, path in lines if number == "0"), Path("/"))
+    first = next((Path(path) for _, controllers, path in lines if "memory" in controllers.split(",")), Path("/"))
+    for path in (second, *second.parents):
+        yield CGROUPS / path.relative_to("/"), "memory.max", "memory.current"
+    for path in (first, *first.parents):
+        yield CGROUPS / "memory" / path.relative_to("/"), "memory.limit_in_bytes", "memory.usage_in_bytes"
 
 
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory")  # torch's CPU allocators, drivers and mps

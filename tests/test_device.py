@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,18 +191,39 @@ def test_the_process_is_as_large_as_what_it_holds():
     assert process_bytes() - before == pytest.approx(held.nbytes, rel=0.2)
 
 
-def test_free_memory_is_the_machines_or_what_the_container_leaves(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(device, "CGROUPS", ())
+def write_group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used)), strict=True):
+        (folder / name).write_text(f"{text}\n", encoding="ascii")
+    if stat is not None:
+        (folder / "memory.stat").write_text(stat, encoding="ascii")
+
+
+SECOND = ("memory.max", "memory.current")
+FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def test_free_memory_is_the_machines_or_what_the_tightest_control_group_leaves(monkeypatch, tmp_path):
+    cpu, own = torch.device("cpu"), tmp_path / "own"
+    monkeypatch.setattr(device, "CGROUPS", tmp_path)
+    monkeypatch.setattr(device, "OWN_CGROUP", own)
     machine = available_bytes(cpu)
     assert machine is not None
     assert machine > 10**7
-    limit, used = tmp_path / "max", tmp_path / "current"
-    limit.write_text("5000000\n", encoding="ascii")
-    used.write_text("1000000\n", encoding="ascii")
-    monkeypatch.setattr(device, "CGROUPS", ((limit, used), (tmp_path / "none", used)))
-    assert available_bytes(cpu) == 4_000_000
-    limit.write_text("max\n", encoding="ascii")
+    write_group(tmp_path, SECOND, "5000000", 1_000_000)
+    assert available_bytes(cpu) == 4_000_000, "a container's own group is its root"
+    own.write_text("0::/slurm/job_7/step_0\n", encoding="ascii")
+    write_group(tmp_path / "slurm" / "job_7", SECOND, "3000000", 1_000_000)
+    write_group(tmp_path / "slurm" / "job_7" / "step_0", SECOND, "max", 1_000_000)
+    assert available_bytes(cpu) == 2_000_000, "a batch system limits the job, and not its steps"
+    write_group(tmp_path / "slurm" / "job_7", SECOND, "3000000", 1_000_000, "anon 5\ninactive_file 400000\n")
+    assert available_bytes(cpu) == 2_400_000
+    own.write_text("9:cpu:/elsewhere\n4:memory:/job\n", encoding="ascii")
+    stat = "inactive_file 7\ntotal_inactive_file 100000\n"
+    write_group(tmp_path / "memory" / "job", FIRST, "1500000", 1_000_000, stat)
+    assert available_bytes(cpu) == 600_000
+    write_group(tmp_path, SECOND, "max", 0)
+    write_group(tmp_path / "memory" / "job", FIRST, str(2**63 - 4096), 0)
     assert available_bytes(cpu) > 10**7
 
 

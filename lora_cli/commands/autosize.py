@@ -5,8 +5,10 @@ Only how a step is cut changes, never its rows: the run is that of the same size
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -36,32 +38,44 @@ def is_auto(plan: Plan) -> bool:
     return plan.recipe.training.per_device_train_batch_size == "auto"
 
 
-def cuts(steps: StepPlan, at_most: int = 0) -> list[StepPlan]:
-    """The same step in equal micro-batches: the largest first, each at most half of the one before or so.
+def sizes_of(rows: int) -> list[int]:
+    """The micro-batches that cut so many rows into parts as equal as can be: the largest of 1, 2, 3 ... parts."""
+    return sorted({-(-rows // parts) for parts in range(1, rows + 1)}, reverse=True)
 
-    ``at_most`` rows, where that is not 0: a resumed run begins where it was.
-    """
-    rows, found = -(-steps.rows_per_step // steps.num_processes), []
-    size = min(rows, at_most or rows)
-    while size >= 1:
-        if rows % size == 0:
-            found.append(replace(steps, micro_batch_size=size, accumulation=rows // size))
-            size = max(1, size // 2) if size > 1 else 0
-        else:
-            size -= 1
-    return found
+
+def cut(steps: StepPlan, size: int) -> StepPlan:
+    """The same step in micro-batches of so many rows, the last of which may have fewer."""
+    accumulation = -(-_share_of(steps) // size)
+    return replace(steps, micro_batch_size=size, accumulation=accumulation, global_batch_size=steps.rows_per_step)
+
+
+def _share_of(steps: StepPlan) -> int:
+    """Rows of a step that one process has at most."""
+    return -(-steps.rows_per_step // steps.num_processes)
 
 
 def planned(planner: MemoryPlanner, at_most: int = 0) -> list[tuple[StepPlan, MemoryPlan]]:
-    """The cuts that fit by the plan, with the margin left free; the smallest where none does."""
-    every = ((steps, planner.memory(steps)) for steps in cuts(planner.plan.steps, at_most))
-    last: tuple[StepPlan, MemoryPlan] | None = None
-    for last in every:
-        if last[1].limit is None or last[1].total <= (1 - MARGIN) * last[1].limit:
-            break
-    assert last is not None
-    smaller = [steps for steps in cuts(planner.plan.steps) if steps.micro_batch_size < last[0].micro_batch_size]
-    return [last, *((steps, last[1]) for steps in smaller)]
+    """The largest micro-batch that fits by the plan, with the margin left free, and smaller ones, each at most half.
+
+    The smallest where none fits. Of ``at_most`` rows, where that is not 0: a resumed run begins where it was.
+    """
+    steps = planner.plan.steps
+    sizes = [size for size in sizes_of(_share_of(steps)) if not at_most or size <= at_most]
+
+    @cache
+    def memory(size: int) -> MemoryPlan:
+        return planner.memory(cut(steps, size))
+
+    def fits(size: int) -> bool:
+        limit = memory(size).limit
+        return limit is None or memory(size).total <= (1 - MARGIN) * limit
+
+    first = bisect_left(sizes[:-1], True, key=fits)
+    chosen = [sizes[first]]
+    for size in sizes[first:]:
+        if 2 * size <= chosen[-1]:
+            chosen.append(size)
+    return [(cut(steps, size), memory(sizes[first])) for size in chosen]
 
 
 def prove(plan: Plan, network: Network, optimizer: FlatAdamW, candidates: list[tuple[StepPlan, MemoryPlan]]) -> Choice:
@@ -73,6 +87,7 @@ def prove(plan: Plan, network: Network, optimizer: FlatAdamW, candidates: list[t
         last = steps is candidates[-1][0]
         try:
             measured = _leaving_no_trace(network, optimizer, lambda steps=steps: _try(plan, steps, network))  # type: ignore[misc]
+            measured += optimizer.bytes_to_come
         except OutOfMemoryError:
             if last:
                 raise
@@ -84,12 +99,9 @@ def prove(plan: Plan, network: Network, optimizer: FlatAdamW, candidates: list[t
 
 
 def agreed(choice: Choice, world: World) -> Choice:
-    """The smallest of the processes' choices, for all of them."""
-    sizes = world.gather(choice.steps.micro_batch_size)
-    if min(sizes) == choice.steps.micro_batch_size:
-        return choice
-    rows = choice.steps.micro_batch_size * choice.steps.accumulation
-    return replace(choice, steps=replace(choice.steps, micro_batch_size=min(sizes), accumulation=rows // min(sizes)))
+    """The smallest of the processes' choices, for all of them, and what it takes there."""
+    size, peak, limit = min(world.gather([choice.steps.micro_batch_size, choice.peak, choice.limit]))
+    return Choice(cut(choice.steps, size), peak, limit)
 
 
 def _try(plan: Plan, steps: StepPlan, network: Network) -> int:
@@ -101,7 +113,7 @@ def _try(plan: Plan, steps: StepPlan, network: Network) -> int:
         batch = collate(rows, plan.pad_id, network.layout)
         accumulate_gradients(network, TASKS[plan.recipe.task], [batch], plan.device)
     if plan.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(plan.device)
+        return torch.cuda.max_memory_reserved(plan.device)
     return process_bytes()  # what was freed stays with the process: its C library keeps it
 
 

@@ -94,7 +94,8 @@ class MemoryPlan:
 class MemoryPlanner:
     """Plans for one run; several sizes of its micro-batch can be asked for."""
 
-    def __init__(self, plan: Plan, *, remote_code: bool = False) -> None:
+    def __init__(self, plan: Plan, *, remote_code: bool = False, sharing: int = 1) -> None:
+        """``sharing`` processes have the machine's memory together."""
         self.plan, recipe = plan, plan.recipe
         self.process = process_bytes() if plan.device.type != "cuda" else 0
         attention = recipe.model.attn_implementation
@@ -123,7 +124,7 @@ class MemoryPlanner:
             self.rehearsed, self.network = False, Network(self.model)
         self.limit = available_bytes(plan.device)
         if self.limit is not None and plan.device.type != "cuda":
-            self.limit += self.process
+            self.limit = self.limit // sharing + self.process
 
     def memory(self, steps: StepPlan | None = None) -> MemoryPlan:
         """What the run takes with its steps cut like this."""

@@ -48,6 +48,33 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+@cache
+def _shares_keys_by_itself(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether query heads share keys without being told to: torch 2.11 has no word for it, and the library below may.
+
+    Tried once, there and back, since copies of keys and values would be kept in every layer.
+    """
+    if device.type == "meta":
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    chance = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(5, heads, 32, generator=chance).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32).to(device)
+
+    def results(copies: int) -> list[Tensor]:
+        query, key, value = inputs
+        key, value = (t.repeat_interleave(copies, 1) for t in (key, value))
+        out: Any = varlen_attn(query, key, value, bounds, bounds, 3, 3, window_size=(-1, 0))
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    try:
+        with torch.enable_grad():
+            return all(torch.allclose(a, b, 0.05, 0.05) for a, b in zip(results(1), results(2), strict=True))
+    except Exception:  # whatever it raises for keys of fewer heads
+        return False
+
+
 def _flash(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
     """Flash attention over variable lengths (arXiv:2307.08691), as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
@@ -67,7 +94,7 @@ def _flash(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, si
         query_NHD = query_NHD * (sight.scaling * math.sqrt(query_NHD.shape[-1]))
     if "enable_gqa" in known:
         options["enable_gqa"] = True
-    else:
+    elif "window_size" not in known or not _shares_keys_by_itself(query_NHD.device, query_NHD.dtype):
         group = query_NHD.shape[1] // key_MKD.shape[1]
         key_MKD, value_MKD = (t.repeat_interleave(group, 1) for t in (key_MKD, value_MKD))
     ends, most = (rows.bounds, rows.key_bounds), (rows.longest, max(rows.key_lengths))

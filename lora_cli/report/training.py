@@ -98,6 +98,8 @@ class TrainingScreen(Silence):
     def micro_batch(self, choice: Choice) -> None:
         rows = plural(choice.steps.micro_batch_size, "row")
         self.console.print(f"micro-batch  {rows} (auto: {size(choice.peak)} of {size(choice.limit)})")
+        if choice.peak > choice.limit:
+            facts(self.console, [("note", "that is more memory than there is: the system may end the run")])
 
     def step(self, step: Step, state: State) -> None:
         if self.bar is not None:

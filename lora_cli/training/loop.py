@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,19 @@ class Step:
 
 
 @dataclass(frozen=True)
+class StepBatches:
+    """What one process runs in a step, on the host."""
+
+    rows: list[Example]  # of all processes
+    share: list[Batch]
+    filling: list[Batch]  # so that it runs as many as the others, where layers lie in pieces that all gather at once
+
+    @property
+    def num_targets(self) -> int:
+        return sum(example.num_targets for example in self.rows)
+
+
+@dataclass(frozen=True)
 class LoopSettings:
     """What the loop needs of a recipe, resolved to numbers."""
 
@@ -72,39 +85,48 @@ def train_steps(
     world: World = ALONE,
     stop: StopRequest | None = None,
 ) -> Iterator[Step]:
-    """Optimizer steps ``start + 1`` to ``total_steps``.
+    """Optimizer steps ``start + 1`` to ``total_steps``. While the device is busy with one, the next is laid out.
 
     Raises ``NonFiniteError`` before an update that would not be finite, ``OutOfMemoryError``. After each step
     all processes know of the same request to ``stop``.
     """
+
+    def laid_out(number: int) -> StepBatches:
+        rows = plan.rows(examples, number)
+        share = [collate(part, settings.pad_id, network.layout) for part in plan.micro_batches(examples, number, world)]
+        idle = plan.num_micro_batches(number, world) - len(share) if network.sharded else 0
+        return StepBatches(rows, share, [collate(rows[-1:], settings.pad_id, network.layout) for _ in range(idle)])
+
+    upcoming = [laid_out(start)] if start < settings.total_steps else []
     for number in range(start, settings.total_steps):
         began = time.perf_counter()
         multiplier = lr_multiplier(settings.lr_scheduler_type, number, settings.total_steps, settings.warmup_steps)
         optimizer.set_learning_rate(settings.learning_rate * multiplier)
-        rows = plan.rows(examples, number)
-        share = [collate(part, settings.pad_id, network.layout) for part in plan.micro_batches(examples, number, world)]
-        # Layers that lie in pieces are gathered by all processes at once: each runs as many batches as the main one.
-        idle = plan.num_micro_batches(number, world) - len(share) if network.sharded else 0
-        filling = [collate(rows[-1:], settings.pad_id, network.layout)] * idle
-        num_targets = sum(example.num_targets for example in rows)
+        batches = upcoming.pop()
+
+        def meanwhile(next_number: int = number + 1) -> None:
+            if next_number < settings.total_steps:
+                upcoming.append(laid_out(next_number))
+
         with memory_errors(MEMORY_CURE):
             loss, grad_norm = train_step(
                 network,
                 task,
-                share,
+                batches.share,
                 optimizer,
                 settings.max_grad_norm,
                 device,
-                num_targets=num_targets,
-                filling=filling,
+                num_targets=batches.num_targets,
+                filling=batches.filling,
                 world=world,
                 stop=stop,
+                meanwhile=meanwhile,
             )
         yield Step(
             number + 1,
             loss,
-            num_targets,
-            sum(len(example.input_ids) for example in rows),
+            batches.num_targets,
+            sum(len(example.input_ids) for example in batches.rows),
             grad_norm,
             settings.learning_rate * multiplier,
             time.perf_counter() - began,
@@ -123,12 +145,13 @@ def train_step(
     filling: Sequence[Batch] = (),
     world: World = ALONE,
     stop: StopRequest | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[float, float]:
     """Forward, backward and update. Returns (mean loss over all targets, gradient norm before clipping).
 
     ``micro_batches`` are this process's, ``num_targets`` counts those of all. Everything that the processes
     have to tell one another travels in one sum: gradients, loss and requests to stop. The device is asked for
-    figures once, when everything is on its way.
+    figures once, when everything is on its way; what the host can do ``meanwhile`` it does first.
     """
     optimizer.zero_gradients()
     losses = accumulate_gradients(network, task, micro_batches, device, num_targets=num_targets, filling=filling)
@@ -145,7 +168,10 @@ def train_step(
     if max_grad_norm is not None:
         optimizer.clip(norm, max_grad_norm)
     optimizer.update(finite)
-    total, grad_norm, *counted = torch.cat([loss[None], norm[None], votes]).tolist()
+    figures = torch.cat([loss[None], norm[None], votes])
+    if meanwhile is not None:
+        meanwhile()
+    total, grad_norm, *counted = figures.tolist()
     if stop is not None:
         stop.count(counted)
     if not (math.isfinite(total) and math.isfinite(grad_norm)):

@@ -89,6 +89,12 @@ class FlatAdamW:
         elif bool(finite):
             self._adamw.step()
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Of the moments, which the first update makes."""
+        made = all(self._adamw.state[part] for part in self._parts())
+        return 0 if made else len(MOMENTS) * self.values.nbytes
+
     def tensors(self) -> dict[str, Tensor]:
         """Its state by parameter name, ready for safetensors: ``exp_avg/<parameter>`` and so on."""
         state = [self._adamw.state[part] for part in self._parts()]

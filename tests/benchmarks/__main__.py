@@ -60,6 +60,13 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     _check_known(parser, "contender", options.contenders, CONTENDERS)
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
+    for path in options.table or []:
+        if not path.is_file():
+            parser.exit(2, f"error: there is no file {path}\n")
+    if options.json and not options.json.parent.is_dir():
+        parser.exit(2, f"error: --json {options.json}: there is no folder {options.json.parent}\n")
+    if options.into and not options.table:
+        parser.error("--into goes with --table")
     options.shapes = options.shapes or [*DEFAULT_SHAPES, OTHER]
     return options
 

@@ -51,6 +51,9 @@ SHAPES = {
     "135m-float32": _llama("float32"),
     "135m-float32-checkpointing": _llama("float32", **{"training.gradient_checkpointing": True}),
     "135m-bfloat16-4x2048": _llama("bfloat16", 2048, 2048, **{"training.max_steps": 1}),
+    "135m-bfloat16-dropout": _llama("bfloat16", **{"lora.lora_dropout": 0.05}),
+    "135m-bfloat16-dora": _llama("bfloat16", **{"lora.use_dora": True}),
+    "135m-bfloat16-nf4": _llama("bfloat16", **{"model.quantization": "nf4"}),
     "135m-bfloat16-padded": _llama("bfloat16", **{"model.attn_implementation": "sdpa"}),
     "encoder-float32": Shape(
         ENCODER,

@@ -181,6 +181,21 @@ def test_an_unknown_name_gives_one_line_with_those_known(arguments, words, capsy
     assert ("long-context" if "instruct" in arguments else "peft+trainer") in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["micro", "--json", "nowhere/found.json"], "error: --json nowhere/found.json: there is no folder nowhere"),
+        (["--table", "nothing.json"], "error: there is no file nothing.json"),
+        (["micro", "--into", "README.md"], "--into goes with --table"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_before_anything_is_measured(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 DOCUMENT = {
     "machine": {
         "cpu": "Some CPU",

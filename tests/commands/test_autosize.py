@@ -6,15 +6,19 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lora_cli.commands import autosize
+from lora_cli.commands import memory as memory_module
 from lora_cli.commands import train as train_command
-from lora_cli.commands.autosize import cuts, planned
+from lora_cli.commands.autosize import Choice, agreed, cut, planned, sizes_of
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.batches import StepPlan
+from lora_cli.data.encoding import Example
+from lora_cli.distributed import World
 from lora_cli.errors import OutOfMemoryError
 from lora_cli.ops import products
 from lora_cli.recipe import load_recipe
@@ -28,16 +32,26 @@ def digest(run: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rows", "sizes"), [(1, [1]), (8, [8, 4, 2, 1]), (12, [12, 6, 3, 1]), (20, [20, 10, 5, 2, 1]), (7, [7, 1])]
+    ("rows", "sizes"),
+    [(1, [1]), (7, [7, 4, 3, 2, 1]), (8, [8, 4, 3, 2, 1]), (12, [12, 6, 4, 3, 2, 1]), (13, [13, 7, 5, 4, 3, 2, 1])],
 )
-def test_a_step_is_cut_into_equal_parts_each_half_of_the_last(rows, sizes):
-    found = cuts(StepPlan(100, rows, 1, 0))
-    assert [steps.micro_batch_size for steps in found] == sizes
-    assert {steps.rows_per_step for steps in found} == {rows}
+def test_a_step_is_cut_into_parts_as_equal_as_can_be(rows, sizes):
+    assert sizes_of(rows) == sizes
+    for processes in (1, 3):
+        steps = StepPlan(1000, rows, 1, 0, num_processes=processes)
+        examples = [example(length) for length in range(2, 1002)]
+        for size in sizes:
+            found = cut(steps, size)
+            assert found.rows_per_step == steps.rows_per_step
+            for rank in range(processes):
+                batches = [len(batch) for batch in found.micro_batches(examples, 0, World(rank, processes))]
+                assert sum(batches) == rows
+                assert len(batches) == found.accumulation
+                assert max(batches) == size
 
 
-def test_a_resumed_run_begins_where_it_was():
-    assert [steps.micro_batch_size for steps in cuts(StepPlan(100, 8, 1, 0), at_most=4)] == [4, 2, 1]
+def example(length: int) -> Example:
+    return Example(np.ones(length, dtype=np.int32), np.arange(length) > 0, "here", None)
 
 
 def test_the_step_is_the_default_one(recipe):
@@ -51,11 +65,53 @@ def test_the_step_is_the_default_one(recipe):
 def test_the_plan_leaves_out_what_cannot_fit(recipe):
     planner = MemoryPlanner(make_plan(load_recipe(recipe(**AUTO))))
     assert [steps.micro_batch_size for steps, _ in planned(planner)] == [8, 4, 2, 1]
-    half = planner.memory(cuts(planner.plan.steps)[1]).total
-    planner.limit = int(half / (1 - autosize.MARGIN)) + 1
-    assert [steps.micro_batch_size for steps, _ in planned(planner)] == [4, 2, 1]
+    for size, expected in [(4, [4, 2, 1]), (3, [3, 1])]:
+        planner.limit = int(planner.memory(cut(planner.plan.steps, size)).total / (1 - autosize.MARGIN)) + 1
+        assert [steps.micro_batch_size for steps, _ in planned(planner)] == expected, "the largest, then halves"
     planner.limit = 1
     assert [steps.micro_batch_size for steps, _ in planned(planner)] == [1]
+    planner.limit = None
+    assert [steps.micro_batch_size for steps, _ in planned(planner, at_most=4)] == [4, 2, 1], "a resumed run's"
+
+
+def test_processes_of_a_machine_share_its_memory(recipe, monkeypatch):
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: 12 * 10**9)
+    plan = make_plan(load_recipe(recipe(**AUTO)))
+    limits = [MemoryPlanner(plan, sharing=number) for number in (1, 4)]
+    assert [planner.limit - planner.process for planner in limits] == [12 * 10**9, 3 * 10**9]
+
+
+class Others:
+    """Two more processes, which have chosen already."""
+
+    def __init__(self, *choices: list[int]) -> None:
+        self.choices = choices
+
+    def gather(self, value: list[int]) -> list[list[int]]:
+        return [value, *self.choices]
+
+
+def test_all_processes_take_the_smallest_choice_and_tell_what_it_takes():
+    steps = StepPlan(100, 7, 1, 0, num_processes=3)
+    mine = Choice(cut(steps, 7), 900, 1000)
+    for choices, expected in [(([7, 950, 1000], [4, 600, 800]), (4, 600, 800)), (([7, 950, 1000],), (7, 900, 1000))]:
+        found = agreed(mine, Others(*choices))
+        assert (found.steps.micro_batch_size, found.peak, found.limit) == expected
+        assert found.steps.rows_per_step == 21
+        assert found.steps.accumulation == -(-7 // expected[0])
+
+
+def test_a_trial_that_takes_more_than_there_is_is_followed_by_a_smaller_one(recipe, lora, monkeypatch):
+    """Measured, not only survived; with the moments that the first update will make."""
+    limit, moments = 10 * 10**9, 8 * 3712
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: limit)
+    monkeypatch.setattr(memory_module, "process_bytes", lambda: 0)
+    most = int((1 - autosize.MARGIN / 2) * limit)
+    for held, chosen, note in [(most - moments, 8, False), (most - moments + 1, 1, False), (2 * limit, 1, True)]:
+        monkeypatch.setattr(autosize, "process_bytes", lambda held=held: held)
+        out = lora("train", recipe(**AUTO), "--fresh").out
+        assert f"micro-batch  {chosen} row" in out
+        assert ("that is more memory than there is" in out) is note
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

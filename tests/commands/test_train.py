@@ -82,8 +82,9 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
         compute = FrozenLayers._compute
 
         def forward(*inputs: Any, compile: bool) -> Tensor:
-            seen.forwards += torch.is_grad_enabled()
-            seen.compiled.append(compile)
+            if torch.is_grad_enabled():  # neither proof nor evaluation
+                seen.forwards += 1
+                seen.compiled.append(compile)
             return gated(*inputs)
 
         def computing(frozen: FrozenLayers, group: list[Any], *arguments: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_cli.ops import attention, blocked_attention, tiles
 from lora_cli.ops.attention import attend_rows
@@ -355,6 +356,35 @@ def test_flash_attention_is_asked_for_the_same_thing_in_every_torch(sight, param
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     out = attention._flash(*inputs, rows, sight)
     assert relative([out], [by_hand(*inputs, LENGTHS, sight)]) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["shares keys", "refuses", "takes the wrong ones", "fails backward"])
+def test_torch_2_11_gets_copies_of_keys_only_where_its_kernel_does_not_share_them(kernel, monkeypatch):
+    seen: list[int] = []
+
+    def stand_in(q, k, v, bounds_q, bounds_k, longest_q, longest_k, window_size, **_):
+        seen.append(k.shape[1])
+        group = q.shape[1] // k.shape[1]
+        if group > 1 and kernel == "refuses":
+            raise ValueError("heads differ")
+        order = torch.roll(torch.arange(k.shape[1]), int(group > 1 and kernel == "takes the wrong ones"))
+        rows = [t.split(bounds_q.diff().tolist()) for t in (q, *(t[:, order] for t in (k, v)))]
+        of_heads = [[t.transpose(0, 1) for t in row] for row in zip(*rows, strict=True)]
+        each = (F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in of_heads)
+        out = torch.cat([row.transpose(0, 1) for row in each])
+        if group > 1 and kernel == "fails backward":
+            out.register_hook(lambda gradient: gradient * 2)
+        return out
+
+    attention._shares_keys_by_itself.cache_clear()
+    monkeypatch.setattr(attention, "_varlen_parameters", lambda: frozenset(SIGNATURES["2.11"]))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    inputs, _ = draw(torch.float32)
+    rows, sight = Rows.of(LENGTHS), Sight(SIZE**-0.5)
+    out = attention._flash(*inputs, rows, sight)
+    assert seen[-1] == (KV_HEADS if kernel == "shares keys" else HEADS)
+    assert relative([out], [by_hand(*inputs, LENGTHS, sight)]) < 1e-5
+    attention._shares_keys_by_itself.cache_clear()
 
 
 def test_flash_attention_gets_queries_that_end_with_their_keys_or_none(monkeypatch):

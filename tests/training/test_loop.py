@@ -255,6 +255,19 @@ def test_a_whole_run_has_the_same_losses_in_any_number_of_micro_batches():
         assert [step.loss for step in steps_of(adapted(), size)] == pytest.approx(reference, rel=1e-5)
 
 
+def test_a_step_is_laid_out_once_when_all_work_of_the_one_before_is_on_its_way(monkeypatch):
+    """Not earlier, since the device would idle meanwhile; and not after its figures have been waited for."""
+    events: list[str] = []
+    lay, update = loop.collate, FlatAdamW.update
+    monkeypatch.setattr(loop, "collate", lambda *given: events.append("rows") or lay(*given))
+    monkeypatch.setattr(FlatAdamW, "update", lambda *given: events.append("update") or update(*given))
+    optimizer, plan = FlatAdamW(model := adapted(), TrainingSection()), StepPlan(len(EXAMPLES), 8, 1, seed=1)
+    for _ in train_steps(Network(model), CausalLM, EXAMPLES, plan, optimizer, SETTINGS, start=0, device=CPU):
+        events.append("figures")
+    between = ["update", "rows", "figures"]
+    assert events == ["rows", *between * (SETTINGS.total_steps - 1), "update", "figures"]
+
+
 def test_steps_are_counted_from_one_and_carry_the_schedules_rate():
     steps = steps_of(adapted(), 4)
     assert [step.number for step in steps] == [1, 2, 3, 4, 5]

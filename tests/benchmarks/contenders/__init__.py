@@ -65,6 +65,7 @@ ABLATIONS = {
     "lora, element-wise work compiled": Contender("ours.train_compiled"),
     "lora, rows padded": Contender("ours.train_padded"),
     "lora, last layer on every token": Contender("ours.train_whole"),
+    "lora, all logits at once": Contender("ours.train_all_logits", tasks=("causal_lm",)),
     "lora, no fused forms": Contender("ours.train_unfused"),
     "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
     "lora, float32 multiplied as torch does": Contender("ours.train_as_torch_multiplies", needs_float32=True),

@@ -42,6 +42,7 @@ def train(
     plain: bool = False,
     shared: bool = True,
     whole: bool = False,
+    all_logits: bool = False,
     by_torch: bool = False,
 ) -> None:
     if keep_freed:
@@ -65,6 +66,8 @@ def train(
         network = replace(network, layout=replace(network.layout, share=0))
     if whole:
         network = replace(network, layout=replace(network.layout, looks_at=None))
+    if all_logits:
+        network = replace(network, head=None)
     if by_torch:  # which is in no need of fewer sizes
         choose_products((), torch.float32, job.device)
         network = replace(network, layout=replace(network.layout, multiple=1))
@@ -84,6 +87,10 @@ def train_compiled(job: Job) -> None:
 
 def train_whole(job: Job) -> None:
     train(job, whole=True)
+
+
+def train_all_logits(job: Job) -> None:
+    train(job, all_logits=True)
 
 
 def train_padded(job: Job) -> None:
