@@ -10,9 +10,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from lora_cli.adapters.adapter import tensors_of
 from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.configuration import TASK_TYPES, peft_config
-from lora_cli.adapters.files import load_trained, save_adapter, tensors_of, trained_tensors
+from lora_cli.adapters.files import load_trained, save_adapter, trained_tensors
 from lora_cli.adapters.initialisation import initialise
 from lora_cli.adapters.injection import adapters_of, attach, freeze_base, packable_modules, parametrisation, quantize
 from lora_cli.adapters.quantized import quantized

@@ -17,7 +17,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.adapters.spectrum import spectrum, weighted_sum
 from lora_cli.seeds import stream
 

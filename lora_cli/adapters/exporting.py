@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.errors import UsageError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_cli.adapters.adapter import Adapter
 from lora_cli.adapters.experts import stacked_update
-from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.layer import fold
 from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.targets import tied_partner

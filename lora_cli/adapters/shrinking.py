@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.adapters.spectrum import spectrum
 
 

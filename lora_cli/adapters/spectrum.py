@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 
 ROUNDING = 1e-6  # of the factors' norms: float32 in a product that should be zero
 MOST_LOST = 0.02  # of an update's norm that writing it in a narrower type may cost

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_cli.adapters.files import WEIGHTS, Adapter, LowRank, read_adapter, save_adapter, tensors_of
+from lora_cli.adapters.adapter import Adapter, LowRank, tensors_of
+from lora_cli.adapters.files import WEIGHTS, read_adapter, save_adapter
 from lora_cli.adapters.servers import Files
 from lora_cli.adapters.spectrum import is_finite
 from lora_cli.commands.provenance import read_provenance

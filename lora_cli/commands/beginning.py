@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lora_cli.adapters.adapter import tensors_of
 from lora_cli.adapters.backbone import START
-from lora_cli.adapters.files import load_trained, read_adapter, tensors_of
+from lora_cli.adapters.files import load_trained, read_adapter
 from lora_cli.adapters.initialisation import initialise, kind_of
 from lora_cli.adapters.injection import adapters_of
 from lora_cli.adapters.tokens import rows_of

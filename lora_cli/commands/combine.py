@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.adapter import Adapter, LowRank
 from lora_cli.adapters.combining import METHODS, PER_FACTOR, SPARSE, Settings, combine_updates
 from lora_cli.adapters.configuration import rewritten
-from lora_cli.adapters.files import Adapter, LowRank
 from lora_cli.adapters.spectrum import distance, frobenius_norm, singular_values, weighted_sum
 from lora_cli.commands.adapter_folder import check_new, read_low_rank, write_adapter
 from lora_cli.commands.provenance import read_provenance

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.adapters.adapter import tensors_of
+from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.adapters.merging import Folding, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from lora_cli.adapters.adapter import Adapter, LowRank
 from lora_cli.adapters.configuration import rewritten
 from lora_cli.adapters.exporting import export_updates
-from lora_cli.adapters.files import Adapter, LowRank, read_adapter
+from lora_cli.adapters.files import read_adapter
 from lora_cli.adapters.servers import SERVERS, max_lora_rank, strict_errors, verdict
 from lora_cli.adapters.spectrum import MOST_LOST, relative_distance, rounding_loss
 from lora_cli.commands.adapter_folder import check_new, files_of, read_low_rank, write_adapter

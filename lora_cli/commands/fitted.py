@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.adapter import Adapter, mismatches, targets_of
 from lora_cli.adapters.backbone import is_backbone
-from lora_cli.adapters.files import Adapter, mismatches, read_adapter, targets_of
+from lora_cli.adapters.files import read_adapter
 from lora_cli.adapters.injection import attach, freeze_base, packable_modules
 from lora_cli.adapters.layer import Parametrisation
 from lora_cli.adapters.quantized import Quantization

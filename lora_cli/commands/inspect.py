@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.files import WEIGHTS, Adapter, LowRank, read_adapter, single_updates
+from lora_cli.adapters.adapter import Adapter, LowRank, single_updates
+from lora_cli.adapters.files import WEIGHTS, read_adapter
 from lora_cli.adapters.servers import Verdict, verdicts
 from lora_cli.adapters.spectrum import (
     cosine,

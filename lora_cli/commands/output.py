@@ -12,15 +12,9 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lora_cli.adapters.adapter import LowRank, single_updates
 from lora_cli.adapters.configuration import peft_config
-from lora_cli.adapters.files import (
-    LowRank,
-    read_adapter,
-    rounded,
-    save_adapter,
-    single_updates,
-    trained_tensors,
-)
+from lora_cli.adapters.files import read_adapter, rounded, save_adapter, trained_tensors
 from lora_cli.adapters.spectrum import MOST_LOST, changes_nothing, rounding_loss
 from lora_cli.commands.card import model_card
 from lora_cli.commands.plan import Plan

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.adapter import Adapter
 from lora_cli.adapters.configuration import rewritten
-from lora_cli.adapters.files import Adapter
 from lora_cli.adapters.shrinking import Shrunk, shrink_update
 from lora_cli.adapters.spectrum import frobenius_norm, singular_values
 from lora_cli.commands.adapter_folder import TOKENIZER_FILES, check_new, copy_files, read_low_rank, write_adapter

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.adapter import Adapter, mismatches, single_updates, targets_of
 from lora_cli.adapters.backbone import is_backbone, pack_as_stored
-from lora_cli.adapters.files import Adapter, mismatches, read_adapter, single_updates, targets_of
+from lora_cli.adapters.files import read_adapter
 from lora_cli.adapters.injection import (
     adapters_of,
     attach,

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, tensors_of, trained_tensors
+from lora_cli.adapters.adapter import tensors_of
+from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, trained_tensors
 from lora_cli.adapters.injection import adapters_of
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import StorageError

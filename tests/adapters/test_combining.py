@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft.utils.merge_utils import ties
 
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.adapters.combining import METHODS, SPARSE, Settings, agreed, combine_updates, dropped, trimmed
-from lora_cli.adapters.files import LowRank
 from lora_cli.seeds import stream
 from tests.adapters.test_spectrum import dense, made
 

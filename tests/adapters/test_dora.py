@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.files import load_trained, tensors_of
+from lora_cli.adapters.adapter import tensors_of
+from lora_cli.adapters.files import load_trained
 from lora_cli.adapters.injection import adapters_of
 from lora_cli.adapters.layer import LoRALinear, Parametrisation, fold
 from lora_cli.commands.fitted import attach_fitted, fit_adapter

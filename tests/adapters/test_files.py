@@ -11,17 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_cli.adapters.files import (
-    Adapter,
-    LowRank,
-    load_trained,
-    mismatches,
-    read_adapter,
-    save_adapter,
-    targets_of,
-    tensors_of,
-    trained_tensors,
-)
+from lora_cli.adapters.adapter import Adapter, LowRank, mismatches, targets_of, tensors_of
+from lora_cli.adapters.files import load_trained, read_adapter, save_adapter, trained_tensors
 from lora_cli.adapters.injection import attach, freeze_base
 from lora_cli.adapters.naming import file_name_of, trained_name_of
 from lora_cli.adapters.targets import Target

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_cli.adapters import merging
-from lora_cli.adapters.files import Adapter, LowRank
+from lora_cli.adapters.adapter import Adapter, LowRank
 from lora_cli.adapters.merging import Naming, merge_files
 from lora_cli.errors import StorageError, UsageError
 from lora_cli.seeds import stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.adapters.shrinking import least_rank, shrink_update
 from tests.adapters.test_spectrum import SHAPES, dense, made
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lora_cli.adapters.files import LowRank
+from lora_cli.adapters.adapter import LowRank
 from lora_cli.adapters.spectrum import (
     cosine,
     distance,

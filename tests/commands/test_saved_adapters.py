@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.adapters import files
+from lora_cli.adapters.adapter import tensors_of
 from lora_cli.adapters.files import save_adapter
 from lora_cli.adapters.spectrum import MOST_LOST, changes_nothing, rounding_loss
 from lora_cli.commands.output import check_trained
@@ -60,7 +61,7 @@ def test_magnitudes_and_differences_stay_float32(recipe, model_folder, lora):
 def test_a_file_that_is_not_what_was_given_is_a_storage_error(tmp_path, model_folder, monkeypatch):
     our_adapter(model_folder("llama"), tmp_path / "adapter", "causal_lm")
     adapter = files.read_adapter(tmp_path / "adapter")
-    tensors = files.tensors_of(adapter)
+    tensors = tensors_of(adapter)
     save_adapter(tmp_path / "adapter", tensors, adapter.config)
     damaged = {name: torch.full_like(t, float("nan")) for name, t in tensors.items()}
     with pytest.raises(StorageError, match=r"was not written as it should be: .* is damaged"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from lora_cli.ops.elementwise import rms_norm, rotate
+from lora_cli.ops.elementwise import _rotated, _rotated_by_halves, rms_norm, rotate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -75,3 +75,12 @@ def test_a_rotation_keeps_lengths():
     x, angles = normal(9, 3, 16), normal(9, 8, seed=2) * 6
     cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
     torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_compiler_is_given_the_same_rotation(direction):
+    x, angles = normal(9, 3, 16), normal(9, 8, seed=2) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, -1).unsqueeze(-2) for f in (torch.cos, torch.sin))
+    plain, halves = (formula(x, cos, sin, direction) for formula in (_rotated, _rotated_by_halves))
+    torch.testing.assert_close(halves, plain, rtol=1e-14, atol=1e-14)
+    assert relative(_rotated(x, cos, sin, -direction), plain) > 0.1, "the other way is another one"
