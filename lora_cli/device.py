@@ -78,6 +78,8 @@ def keep_fewer_kernels() -> None:
 
 def give_back_freed_memory() -> bool:
     """Give the system back what is freed now, whatever ``keep_freed_memory`` says of later; whether any was."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     try:
         return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
     except (OSError, AttributeError):  # another C library
@@ -151,8 +153,8 @@ def _groups() -> Iterator[tuple[Path, str, str]]:
     In a container its own group is mounted as the root, whatever path it has outside.
     """
     try:
-        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text(encoding="ascii").splitlines()]
-    except OSError:
+        lines = [line.split(":", 2) for line in OWN_CGROUP.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
         lines = []
     second = next((Path(path) for number, _, path in lines if number == "0"), Path("/"))
     first = next((Path(path) for _, controllers, path in lines if "memory" in controllers.split(",")), Path("/"))

@@ -36,6 +36,7 @@ WATCH_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # for a process to notice by itself that another one ended
 LISTEN_SECONDS = 3.0  # for the word of a process whose connection broke
 _BROKEN = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL")
+SAVE_SECONDS = 600.0  # for a run that was asked to stop to do so
 TELL_SECONDS = 60.0  # for a message to be printed, and a crash log to be written
 
 
@@ -222,6 +223,8 @@ def _watch(store: Any, done: threading.Event) -> None:
         if _is_lost(store):  # with whoever started the processes: nobody is left to stop them
             if not done.wait(GRACE_SECONDS):
                 os.kill(os.getpid(), signal.SIGTERM)
+                if not done.wait(SAVE_SECONDS):  # the main thread waits for someone who is gone, too
+                    os._exit(128 + signal.SIGTERM)
             return
         code = _ended(store)
         if code and not done.wait(GRACE_SECONDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -49,9 +50,10 @@ def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
         text = f"this is a bug in lora: {type(error).__name__}: {error}\n    crash log: {_crash_log()}"
     if debug:
         traceback.print_exc()
-    if not isinstance(error, Stopped):  # to stop when asked is no error
-        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(text, err=True)
+    with contextlib.suppress(OSError):  # the terminal was closed
+        if not isinstance(error, Stopped):  # to stop when asked is no error
+            typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(text, err=True)
     if as_json:
         typer.echo(json.dumps({"error": {"exit_code": code, "kind": type(error).__name__, "message": text}}))
     return code

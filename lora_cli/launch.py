@@ -92,14 +92,16 @@ def launch(processes: int, arguments: list[str]) -> int:
 
 
 def exit_code(codes: list[int]) -> int:
-    """The run's, from those of the processes that failed first; minus n is one that signal n has ended.
+    """The run's, from those of its processes; minus n is one that signal n has ended.
 
-    A signal that asks a run to stop and finds none yet is told as such; any other came from outside (1).
+    A signal that asks the run to stop and finds none yet is told as such. Where another one came from outside (1), the
+    rest were asked to stop because of it.
     """
     if told := [code for code in codes if code > 0]:
         return told[0]
-    asked = [128 - code for code in codes if -code in FORWARDED.values()]
-    return asked[0] if asked else int(bool(codes))
+    if not all(-code in FORWARDED.values() for code in codes):
+        return 1
+    return 128 - codes[0] if codes else 0
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:

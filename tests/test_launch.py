@@ -146,11 +146,22 @@ def test_a_process_that_is_killed_ends_the_run_with_code_1(started, tmp_path):
     assert saved_steps(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [([], 0), ([6], 6), ([-9], 1), ([-15], 143), ([-9, 4], 4), ([-11, -15], 143), ([-11], 1), ([130, 130], 130)],
-)
-def test_the_exit_code_is_the_first_that_a_process_gave_by_itself(codes, expected):
+CODES: list[tuple[list[int], int]] = [
+    ([], 0),
+    ([6], 6),
+    ([-9, 4], 4),
+    ([130, 130], 130),
+    ([-9], 1),
+    ([-11], 1),
+    ([-9, -15], 1),
+    ([-15, -9], 1),
+    ([-15], 143),
+    ([-15, -15], 143),
+]
+
+
+@pytest.mark.parametrize(("codes", "expected"), CODES)
+def test_the_exit_code_is_one_that_a_process_gave_by_itself_or_says_what_ended_it(codes, expected):
     assert exit_code(codes) == expected
 
 

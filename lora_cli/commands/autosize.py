@@ -15,7 +15,7 @@ import torch
 from lora_cli.commands.memory import MARGIN, MemoryPlan, MemoryPlanner
 from lora_cli.commands.plan import Plan
 from lora_cli.data.batches import StepPlan, collate
-from lora_cli.device import memory_errors, process_bytes
+from lora_cli.device import give_back_freed_memory, memory_errors, process_bytes
 from lora_cli.distributed import World
 from lora_cli.errors import OutOfMemoryError
 from lora_cli.fusion.network import Network
@@ -70,7 +70,7 @@ def planned(planner: MemoryPlanner, at_most: int = 0) -> list[tuple[StepPlan, Me
         limit = memory(size).limit
         return limit is None or memory(size).total <= (1 - MARGIN) * limit
 
-    first = bisect_left(sizes[:-1], True, key=fits)
+    first = bisect_left(sizes[:-1], True, key=fits)  # smaller ones take less
     chosen = [sizes[first]]
     for size in sizes[first:]:
         if 2 * size <= chosen[-1]:
@@ -100,13 +100,15 @@ def prove(plan: Plan, network: Network, optimizer: FlatAdamW, candidates: list[t
 
 def agreed(choice: Choice, world: World) -> Choice:
     """The smallest of the processes' choices, for all of them, and what it takes there."""
-    size, peak, limit = min(world.gather([choice.steps.micro_batch_size, choice.peak, choice.limit]))
-    return Choice(cut(choice.steps, size), peak, limit)
+    all_choices = world.gather([choice.steps.micro_batch_size, choice.limit - choice.peak, choice.limit])
+    size, left, limit = min(all_choices)  # of equal ones, that with the least room
+    return Choice(cut(choice.steps, size), limit - left, limit)
 
 
 def _try(plan: Plan, steps: StepPlan, network: Network) -> int:
     """One forward and backward pass of the run's largest micro-batch; the most memory it had."""
     rows = steps.largest_micro_batch(plan.dataset.train, plan.total_steps, network.layout)
+    give_back_freed_memory()  # of loading, or of a trial that failed: it is none of this one's
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     with memory_errors(MEMORY_CURE):
@@ -114,7 +116,7 @@ def _try(plan: Plan, steps: StepPlan, network: Network) -> int:
         accumulate_gradients(network, TASKS[plan.recipe.task], [batch], plan.device)
     if plan.device.type == "cuda":
         return torch.cuda.max_memory_reserved(plan.device)
-    return process_bytes()  # what was freed stays with the process: its C library keeps it
+    return process_bytes()  # what this trial freed stays with the process: its C library keeps it
 
 
 def _leaving_no_trace(network: Network, optimizer: FlatAdamW, action: Callable[[], int]) -> int:
@@ -128,5 +130,3 @@ def _leaving_no_trace(network: Network, optimizer: FlatAdamW, action: Callable[[
         optimizer.zero_gradients()
         optimizer.never_reached = reached
         set_rng(random)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

@@ -25,10 +25,10 @@ from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, adopt, forms_of
+from lora_cli.fusion.looks import LEAST_SHARED, has_dropout, layout_of, why_not_end_to_end
 from lora_cli.fusion.multiplying import choose_products_for
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.fusion.probing import looked_at, only_its_last, probe_examples
-from lora_cli.fusion.proof import LEAST_SHARED, has_dropout, layout_of, why_not_end_to_end
 from lora_cli.ops.cross_entropy import Head
 from lora_cli.ops.rows import Ending, Rows, SomePiece
 

@@ -9,7 +9,6 @@ Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters.layer import has_hooks, projection_of
 from lora_cli.adapters.tokens import parts_of
-from lora_cli.data.batches import Batch, Layout, collate
+from lora_cli.data.batches import Batch, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import UsageError, first_line
 from lora_cli.fusion.attention import ROWS
@@ -27,7 +26,8 @@ from lora_cli.fusion.compilation import compile_layers
 from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
 from lora_cli.fusion.forms import Calls, Forward, abandon, adopt, close
-from lora_cli.fusion.multiplying import choose_products_for, dtype_of
+from lora_cli.fusion.looks import LEAST_SHARED, first_positions, has_dropout, heads_of, layout_of, why_not_end_to_end
+from lora_cli.fusion.multiplying import choose_products_for
 from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
 from lora_cli.fusion.probing import (
     LENGTHS,
@@ -42,10 +42,8 @@ from lora_cli.fusion.probing import (
 from lora_cli.fusion.sharding import is_cut_up
 from lora_cli.ops.cross_entropy import Head, loss_and_gradient
 from lora_cli.ops.kernels import why_not_compiled
-from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 
-LEAST_SHARED = 64  # tokens that a shared prefix must spare to be worth its bookkeeping
 # How far a whole model may be off, relative to the size of its output: many roundings.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 GRADIENT_TOLERANCE = 0.5  # finds kernels that are wrong; roundings add up to a tenth and more through deep models
@@ -90,30 +88,40 @@ def build_compiled_network(model: PreTrainedModel, task: str, *, attention: str 
     return network if network.forms else compile_layers(network)
 
 
+_LOST = ("element-wise work is not compiled", "rows are padded", "fused forms are not used")
+
+
 class _Prover:
     def __init__(self, model: PreTrainedModel, task: str, compile: bool, *, end_to_end: bool, fused: bool) -> None:
         self.model, self.task = model, task
         self.end_to_end, self.fused = end_to_end, fused
         self.device = next(model.parameters()).device
         self.compile = compile or self.device.type == "cuda"
-        self.tries_backward = self.compile and not is_cut_up(model)  # pieces are gathered for whole steps only
+        trains_inside = any(p.requires_grad for p in model.base_model.parameters())
+        self.tries_backward = self.compile and trains_inside and not is_cut_up(model)  # which gathers for whole steps
+        self.learns = False  # shown to
         self.examples = probe_examples(model, task)
+        self.forms_too = fused
         self.proven: dict[nn.Module, Forward] = {}
         self.notes: list[str] = []
 
     def network(self) -> Network:
         plain = Network(self.model, own_attention=str(self.model.config._attn_implementation))
         expected = [self._answer(plain, [example]) for example in self.examples]
+        lasting = []
+        if self.fused and self.compile and (reason := why_not_compiled(self.device)):
+            lasting.append(f"element-wise work is not compiled: {reason}")
+            self.compile = False
         network = self._learning(plain, expected) if self.tries_backward else self._proven(plain, expected)
         if self.fused:
             network = replace(network, head=self._head(network))
             quicken_dropout(self.model)
         network = self._ending(network)
-        return replace(network, notes=tuple(self.notes))
+        return replace(network, notes=(*lasting, *self.notes))
 
     def _proven(self, plain: Network, expected: list[Tensor]) -> Network:
         network, sights = self._end_to_end(plain, expected) if self.end_to_end else (plain, {})
-        return replace(network, forms=self._adopt_forms(network, sights)) if self.fused else network
+        return replace(network, forms=self._adopt_forms(network, sights)) if self.forms_too else network
 
     def _batch(self, network: Network, examples: list[Example]) -> Batch:
         return collate(examples, 0, network.layout).to(self.device)
@@ -132,7 +140,7 @@ class _Prover:
         """The network that lays rows end to end, or ``plain`` and a note why not."""
         reason = why_not_end_to_end(self.model)
         if reason is None:
-            for first in _first_positions(self.model):
+            for first in first_positions(self.model):
                 network = replace(plain, layout=layout_of(self.model, self.device), first_position=first)
                 sights = self._try_end_to_end(network, torch.cat(expected))
                 if sights is not None:
@@ -176,9 +184,6 @@ class _Prover:
 
     def _adopt_forms(self, network: Network, sights: dict[Any, Any]) -> dict[str, int]:
         """Put the forms in place that agree with their modules, if the whole model agrees too; how many of each."""
-        if self.compile and (reason := why_not_compiled(self.device)):
-            self.notes.append(f"element-wise work is not compiled: {reason}")
-            self.compile = False
         calls = Calls(self.model)
         try:
             before = answer_of(network, self._batch(network, self.examples), self.task)
@@ -201,36 +206,50 @@ class _Prover:
 
     def _learning(self, plain: Network, expected: list[Tensor]) -> Network:
         """The fastest network whose backward pass works as well; if none does, the model's own code."""
-        wanted = torch.cat([embedding_gradient(plain, self._batch(plain, [one]), self.task) for one in self.examples])
-        before: list[str] = []
-        while True:
-            network = self._proven(plain, expected)
-            reason = self._why_not_backward(network, wanted)
-            if reason is None or not (network.end_to_end or network.forms):
-                self.notes += before
-                return network
-            before.append(self._step_back(plain, reason))
-
-    def _why_not_backward(self, network: Network, wanted: Tensor) -> str | None:
         try:
-            found = embedding_gradient(network, self._batch(network, self.examples), self.task)
+            each = [embedding_gradient(plain, self._batch(plain, [one]), self.task) for one in self.examples]
+        except Exception as error:  # whatever a model raises whose embeddings are no beginning, or are written into
+            network = self._proven(plain, expected)
+            self.notes.append(f"the backward pass is not tried ahead of the first step: {first_line(error)}")
+            return network
+        wanted, first_reason, ways = torch.cat(each), None, self._ways()
+        for way in ways:
+            self.compile, self.end_to_end, self.forms_too = way
+            network = self._proven(plain, expected)
+            reason = self._why_not_backward(network, self.examples, wanted)
+            if reason is None:
+                self.learns = True
+                break
+            first_reason = first_reason or reason
+            self._undo(plain)
+        if first_reason is not None:
+            lost = [what for what, had, has in zip(_LOST, ways[0], way, strict=True) if had and not has]
+            self.notes.append(f"{' and '.join(lost)}: the backward pass fails: {first_reason}")
+        return network
+
+    def _ways(self) -> list[tuple[bool, bool, bool]]:
+        """(compiled, end to end, with forms), the fastest first; the last one is the model's own code."""
+        compile, end_to_end, fused = self.compile, self.end_to_end, self.fused
+        ways = [
+            (compile, end_to_end, fused),
+            (False, end_to_end, fused),
+            (compile, False, fused),
+            (False, False, fused),
+            (False, False, False),
+        ]
+        return [*dict.fromkeys(ways)]
+
+    def _why_not_backward(self, network: Network, rows: list[Example], wanted: Tensor) -> str | None:
+        try:
+            found = embedding_gradient(network, self._batch(network, rows), self.task)
         except Exception as error:  # whatever a compiler or a device's library raises
             return first_line(error)
         return None if close(found, wanted, GRADIENT_TOLERANCE) else "it gives another gradient"
 
-    def _step_back(self, plain: Network, reason: str) -> str:
-        """Undo what was proven, and switch the first way off that may be to blame; a note of it."""
+    def _undo(self, plain: Network) -> None:
         abandon(self.proven)
         self.model.set_attn_implementation(plain.own_attention)
         self.notes, self.proven = [], {}
-        if self.compile:
-            self.compile = False
-            return f"element-wise work is not compiled: the backward pass fails: {reason}"
-        if self.end_to_end:
-            self.end_to_end = False
-            return f"rows are padded: the backward pass of rows laid end to end fails: {reason}"
-        self.fused = False
-        return f"fused forms are not used: their backward pass fails: {reason}"
 
     # 4. the head
 
@@ -247,7 +266,7 @@ class _Prover:
         batch = self._batch(network, self.examples)
         hidden_MD = network.supervised_hidden(batch)
         expected_MV = network.supervised_logits(batch)
-        for plain in _heads(self.model, table):
+        for plain in heads_of(self.model, table):
             head = replace(plain, ids_T=ids_T, rows_TD=rows_TD)
             if close(head.logits(hidden_MD).to(expected_MV.dtype), expected_MV, TOLERANCES[expected_MV.dtype] / 10):
                 return self._with_kernel(head, expected_MV, batch.targets)
@@ -267,8 +286,10 @@ class _Prover:
             self.notes.append(f"the loss is not compiled: {first_line(error)}")
             return head
         tolerance = TOLERANCES[logits_MV.dtype] / 10
-        right = close(found, expected, tolerance) and close(gradients[1], gradients[0], tolerance)
-        return compiled if right else head
+        if close(found, expected, tolerance) and close(gradients[1], gradients[0], tolerance):
+            return compiled
+        self.notes.append("the loss is not compiled: it gives something else")
+        return head
 
     # 5. the last layer
 
@@ -286,7 +307,11 @@ class _Prover:
             found = looked_at(ending, self._batch(ending, rows), self.task)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError):
             found = torch.zeros_like(expected)
-        if close(found, expected, TOLERANCES[found.dtype] / 10):
+        right = close(found, expected, TOLERANCES[found.dtype] / 10)
+        if right and self.learns:
+            wanted = embedding_gradient(network, self._batch(network, rows), self.task)
+            right = self._why_not_backward(ending, rows, wanted) is None
+        if right:
             return ending
         lengthen(layer)
         return network
@@ -301,56 +326,3 @@ class _Prover:
         with unpacked_for_head(self.model, batch, only_first=True):
             blindfolded = network.model(**network.inputs(batch)).logits
         return "first" if torch.equal(blindfolded, network.class_logits(batch)) else None
-
-
-def why_not_end_to_end(model: PreTrainedModel) -> str | None:
-    """What can be told without running it."""
-    if "position_ids" not in _parameters(model):
-        return "this architecture takes no position ids"
-    if getattr(model.config, "attention_chunk_size", None):
-        return "this architecture attends in chunks"
-    return None
-
-
-def layout_of(model: PreTrainedModel, device: torch.device) -> Layout:
-    """Rows end to end; filled up where oneDNN multiplies.
-
-    It keeps a kernel for every size that it meets, and with some processors' bfloat16 loses up to a third of its speed
-    at sizes that are not round.
-    """
-    dtype = dtype_of(model)
-    made_to_size = device.type == "cpu" and (
-        dtype == torch.bfloat16 or (dtype == torch.float32 and onednn_multiplies())
-    )
-    return Layout(end_to_end=True, multiple=48 if made_to_size else 1)
-
-
-def _heads(model: PreTrainedModel, output: nn.Linear) -> Iterator[Head]:
-    config = model.config
-    cap = getattr(config, "final_logit_softcapping", None)
-    scales = [1.0]
-    if getattr(config, "logit_scale", None):
-        scales.insert(0, float(config.logit_scale))
-    if getattr(config, "logits_scaling", None):
-        scales.insert(0, 1 / float(config.logits_scaling))
-    for scale in scales:
-        yield Head(output.weight, output.bias, scale, float(cap) if cap else None)
-
-
-def has_dropout(model: PreTrainedModel) -> bool:
-    """Whether a training pass draws random numbers."""
-    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _parameters(model: PreTrainedModel) -> frozenset[str]:
-    import inspect
-
-    return frozenset(inspect.signature(model.base_model.forward).parameters)
-
-
-def _first_positions(model: PreTrainedModel) -> list[int]:
-    """Where positions begin: at 0, or behind the pad id, as RoBERTa's do."""
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
-    padded = [m.padding_idx + 1 for m in tables if m.padding_idx is not None]
-    return [*padded, 0]

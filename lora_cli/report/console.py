@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 PIPE_WIDTH = 160  # a pipe has no width; wide enough that no row is broken
+
+
+class PatientFile(io.TextIOBase):
+    """Standard output. A terminal that was closed is a pipe that nobody reads any more."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding
+
+    def write(self, text: str) -> int:
+        with _closed_is_broken():
+            return sys.stdout.write(text)
+
+    def flush(self) -> None:
+        with _closed_is_broken():
+            sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+
+@contextmanager
+def _closed_is_broken() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise BrokenPipeError(errno.EPIPE, "the terminal was closed") from error
 
 
 class PatientConsole(Console):
@@ -23,10 +59,13 @@ class PatientConsole(Console):
 def make_console() -> Console:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show braille shows question marks
-    console = PatientConsole(highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console = PatientConsole(highlight=False, emoji=False, markup=False, width=PIPE_WIDTH)
-    return console
+    console = _console()
+    return console if console.is_terminal else _console(PIPE_WIDTH)
+
+
+def _console(width: int | None = None) -> Console:
+    file: Any = PatientFile()
+    return PatientConsole(file=file, highlight=False, emoji=False, markup=False, width=width)
 
 
 def facts(console: Console, rows: list[tuple[str, str]]) -> None:

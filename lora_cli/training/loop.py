@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,13 +92,8 @@ def train_steps(
     all processes know of the same request to ``stop``.
     """
 
-    def laid_out(number: int) -> StepBatches:
-        rows = plan.rows(examples, number)
-        share = [collate(part, settings.pad_id, network.layout) for part in plan.micro_batches(examples, number, world)]
-        idle = plan.num_micro_batches(number, world) - len(share) if network.sharded else 0
-        return StepBatches(rows, share, [collate(rows[-1:], settings.pad_id, network.layout) for _ in range(idle)])
-
-    upcoming = [laid_out(start)] if start < settings.total_steps else []
+    lay_out = partial(step_batches, network, examples, plan, settings.pad_id, world)
+    upcoming = [lay_out(start)] if start < settings.total_steps else []
     for number in range(start, settings.total_steps):
         began = time.perf_counter()
         multiplier = lr_multiplier(settings.lr_scheduler_type, number, settings.total_steps, settings.warmup_steps)
@@ -106,7 +102,7 @@ def train_steps(
 
         def meanwhile(next_number: int = number + 1) -> None:
             if next_number < settings.total_steps:
-                upcoming.append(laid_out(next_number))
+                upcoming.append(lay_out(next_number))
 
         with memory_errors(MEMORY_CURE):
             loss, grad_norm = train_step(
@@ -131,6 +127,16 @@ def train_steps(
             settings.learning_rate * multiplier,
             time.perf_counter() - began,
         )
+
+
+def step_batches(
+    network: Network, examples: list[Example], plan: StepPlan, pad_id: int, world: World, number: int
+) -> StepBatches:
+    """What this process runs in the step that follows ``number`` finished ones."""
+    rows = plan.rows(examples, number)
+    share = [collate(part, pad_id, network.layout) for part in plan.micro_batches(examples, number, world)]
+    idle = plan.num_micro_batches(number, world) - len(share) if network.sharded else 0
+    return StepBatches(rows, share, [collate(rows[-1:], pad_id, network.layout) for _ in range(idle)])
 
 
 def train_step(

@@ -94,7 +94,7 @@ class Others:
 def test_all_processes_take_the_smallest_choice_and_tell_what_it_takes():
     steps = StepPlan(100, 7, 1, 0, num_processes=3)
     mine = Choice(cut(steps, 7), 900, 1000)
-    for choices, expected in [(([7, 950, 1000], [4, 600, 800]), (4, 600, 800)), (([7, 950, 1000],), (7, 900, 1000))]:
+    for choices, expected in [(([7, 50, 1000], [4, 200, 800]), (4, 600, 800)), (([7, 50, 1000],), (7, 950, 1000))]:
         found = agreed(mine, Others(*choices))
         assert (found.steps.micro_batch_size, found.peak, found.limit) == expected
         assert found.steps.rows_per_step == 21
@@ -102,13 +102,30 @@ def test_all_processes_take_the_smallest_choice_and_tell_what_it_takes():
 
 
 def test_a_trial_that_takes_more_than_there_is_is_followed_by_a_smaller_one(recipe, lora, monkeypatch):
-    """Measured, not only survived; with the moments that the first update will make."""
-    limit, moments = 10 * 10**9, 8 * 3712
+    """Measured, not only survived; with the moments of the first update, and without what an earlier trial freed."""
+    limit, moments, held = 10 * 10**9, 8 * 3712, [0]
+    most = int((1 - autosize.MARGIN / 2) * limit)
+    compute = autosize.accumulate_gradients
+
+    def takes(each: int):
+        def step(network, task, batches, device):
+            held[0] += each * batches[0].num_rows
+            return compute(network, task, batches, device)
+
+        return step
+
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: limit)
     monkeypatch.setattr(memory_module, "process_bytes", lambda: 0)
-    most = int((1 - autosize.MARGIN / 2) * limit)
-    for held, chosen, note in [(most - moments, 8, False), (most - moments + 1, 1, False), (2 * limit, 1, True)]:
-        monkeypatch.setattr(autosize, "process_bytes", lambda held=held: held)
+    monkeypatch.setattr(autosize, "process_bytes", lambda: held[0])
+    monkeypatch.setattr(autosize, "give_back_freed_memory", lambda: held.clear() or held.append(0))
+    room = most - moments
+    for each, chosen, note in [
+        (room // 8, 8, False),
+        (room // 8 + 1, 4, False),
+        (room // 2 + 1, 1, False),
+        (limit + 1, 1, True),
+    ]:
+        monkeypatch.setattr(autosize, "accumulate_gradients", takes(each))
         out = lora("train", recipe(**AUTO), "--fresh").out
         assert f"micro-batch  {chosen} row" in out
         assert ("that is more memory than there is" in out) is note

@@ -82,6 +82,18 @@ def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(base, recip
     assert printed(tmp_path / "two" / "rank-1", "stdout") == ""
 
 
+def test_auto_in_two_processes_is_the_size_that_both_have_room_for(recipe, tmp_path):
+    shared = {"training.gradient_accumulation_steps": 1, "training.max_steps": 3}
+    auto = recipe(**shared, **{"training.per_device_train_batch_size": "auto"})
+    assert train(tmp_path / "auto", auto) == [0, 0]
+    screen = printed(tmp_path / "auto" / "rank-0", "stdout")
+    assert "micro-batch  4 rows (auto: " in screen
+    written = recipe("written.yaml", output_dir=str(tmp_path / "written"), **shared)
+    assert train(tmp_path / "w", written) == [0, 0]
+    for name, tensor in adapter(tmp_path / "written").items():
+        assert torch.equal(adapter(tmp_path / "run")[name], tensor)
+
+
 def test_a_finished_run_says_so_once(recipe, tmp_path):
     path = recipe(**{"training.max_steps": 1})
     assert train(tmp_path / "first", path) == [0, 0]
@@ -142,13 +154,14 @@ def stop(folder: Path, path: Path, number: int, step: int, rank: int = 1) -> lis
 DROPPING = {"lora.lora_dropout": 0.2, "training.max_steps": 6, "dataset.eval_size": 4}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "code", "strategy"), [(signal.SIGTERM, 143, "ddp"), (signal.SIGUSR1, 138, "fsdp")])
 def test_a_signal_to_one_process_stops_both_with_one_checkpoint_and_resuming_is_bit_for_bit(
-    recipe, tmp_path, number, code
+    recipe, tmp_path, number, code, strategy
 ):
-    whole = recipe("whole.yaml", output_dir=str(tmp_path / "whole"), **DROPPING)
+    changes = DROPPING | {"training.strategy": strategy}
+    whole = recipe("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
     assert train(tmp_path / "w", whole) == [0, 0]
-    path = recipe(**DROPPING)
+    path = recipe(**changes)
     assert stop(tmp_path / "stopped", path, number, 2) == [code, code]
     saved = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert len(saved) == 1
@@ -210,6 +223,7 @@ IN_PIECES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dora": {"lora.use_dora": True, "lora.init_lora_weights": "pissa"},
     "rows": {"lora.trainable_token_indices": [5, 9]},
+    "upper layer, dropout": {"lora.layers_to_transform": [1], "lora.lora_dropout": 0.2},
     "embedding": {"lora.target_modules": ["embed_tokens", "q_proj", "up_proj"]},
 }
 

@@ -17,7 +17,7 @@ from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.ops import kernels
 from tests.conftest import tiny_model
-from tests.fusion.test_networks import CAUSAL, adapted, loss_and_gradients, rows_of, worst
+from tests.fusion.test_networks import CAUSAL, CLASSIFIERS, adapted, loss_and_gradients, rows_of, worst
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, reason: str | None = None) -> tuple[list[str], list[nn.Module]]:
@@ -87,7 +87,10 @@ def test_kernels_that_fail_forward_cost_no_fused_form(monkeypatch):
 
 @pytest.mark.parametrize(
     ("result", "notes"),
-    [(RuntimeError("no such instruction"), ("the loss is not compiled: no such instruction",)), (lambda x: -3 * x, ())],
+    [
+        (RuntimeError("no such instruction"), ("the loss is not compiled: no such instruction",)),
+        (lambda x: -3 * x, ("the loss is not compiled: it gives something else",)),
+    ],
 )
 def test_a_kernel_of_the_loss_is_used_only_where_it_gives_the_loss(result, notes, monkeypatch):
     build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
@@ -117,31 +120,67 @@ def test_attention_that_fails_backward_is_found_before_the_first_step_and_rows_a
     own = forms.attend_rows
     monkeypatch.setattr(forms, "attend_rows", lambda *inputs: Fails.apply(own(*inputs)))
     monkeypatch.setattr(attention, "attend_rows", lambda *inputs: Fails.apply(own(*inputs)))
-    pretend(monkeypatch)
+    formulas, _ = pretend(monkeypatch)
     network = build_compiled_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
-    assert [note.split(":")[0] for note in network.notes] == ["element-wise work is not compiled", "rows are padded"]
-    assert all(note.endswith("no kernel image is available") for note in network.notes)
+    assert network.notes == ("rows are padded: the backward pass fails: no kernel image is available",)
     assert network.layout == PADDED
     assert set(network.forms) == {"norm", "gated"}
+    assert "_inner" in formulas, "what is not to blame is still compiled"
+    assert network.head.compile
     loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
     untried = build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
     with pytest.raises(RuntimeError, match="no kernel image"):  # without a trial the first step would meet it
         loss_and_gradients(untried, "causal_lm", rows_of("causal_lm"))
 
 
-@pytest.mark.parametrize("kind", sorted(CAUSAL))
-def test_the_trial_of_the_backward_pass_refuses_nothing_that_is_right(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [*((kind, "causal_lm") for kind in CAUSAL), *((kind, "sequence_classification") for kind in CLASSIFIERS)],
+)
+def test_the_trial_of_the_backward_pass_refuses_nothing_that_is_right(kind, task, monkeypatch):
     pretend(monkeypatch)
     tried = []
     own = proof.embedding_gradient
     monkeypatch.setattr(proof, "embedding_gradient", lambda *given: tried.append(own(*given)) or tried[-1])
-    plain = build_network(adapted(kind, "causal_lm", CAUSAL[kind][0]), "causal_lm")
+    changes = (CAUSAL if task == "causal_lm" else CLASSIFIERS)[kind][0]
+    plain = build_network(adapted(kind, task, changes), task)
     assert not tried, "nothing is tried that torch's own operations do"
-    network = build_network(adapted(kind, "causal_lm", CAUSAL[kind][0]), "causal_lm", compile=True)
-    *alone, together = tried
-    alone = torch.cat(alone)
+    network = build_network(adapted(kind, task, changes), task, compile=True)
+    *each, together = tried[:4]
+    alone = torch.cat(each)
     assert float((together - alone).norm() / alone.norm()) < 1e-4
     assert (network.notes, network.forms, network.layout) == (plain.notes, plain.forms, plain.layout)
+
+
+def test_a_model_whose_embeddings_are_no_beginning_is_not_tried_and_runs(monkeypatch):
+    """CTRL writes into them, and XLNet turns them around."""
+    pretend(monkeypatch)
+    model = adapted("llama", "causal_lm", CAUSAL["llama"][0])
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "embedding_gradient", refuse)
+        network = build_network(model, "causal_lm", compile=True)
+    (note,) = network.notes
+    assert note == "the backward pass is not tried ahead of the first step: a leaf is written into"
+    assert network.end_to_end
+    loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+
+
+def refuse(*given: object) -> None:
+    raise RuntimeError("a leaf is written into")
+
+
+def test_a_last_layer_that_fails_backward_runs_whole(monkeypatch):
+    pretend(monkeypatch)
+    build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
+    assert build_compiled_network(build(), "causal_lm").layout.looks_at == "targets"
+    own = proof.embedding_gradient
+
+    def wrong(network, batch, task):
+        found = own(network, batch, task)
+        return -found if batch.ending is not None else found
+
+    monkeypatch.setattr(proof, "embedding_gradient", wrong)
+    assert build_compiled_network(build(), "causal_lm").layout.looks_at is None
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
