@@ -145,6 +145,7 @@ def empty_model(
     options = {} if dtype is None else {"dtype": dtype}
     model = build_empty(config, partial(auto.from_config, config, trust_remote_code=remote_code, **options))
     _check_attention(model, attn_implementation)
+    heed_soft_cap(model)
     return model
 
 
@@ -164,11 +165,24 @@ def _check_attention(model: PreTrainedModel, name: str) -> None:
     path = ("model", "attn_implementation")
     if name.startswith("paged|"):
         raise RecipeError([Mistake(path, f"{name} is for generation, not for training", "use sdpa or eager")])
+    if name == "sdpa" and _caps_scores(model):
+        message = "sdpa would leave out this model's soft cap (attn_logit_softcapping)"
+        raise RecipeError([Mistake(path, message, "use eager, or remove it")])
     try:
         with quiet():
             model.set_attn_implementation(name)
     except Exception as error:  # ValueError for an unknown name, ImportError for one that is not installed
         raise RecipeError([Mistake(path, f"{name} cannot be used here: {first_line(error)}")]) from error
+
+
+def _caps_scores(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
+
+
+def heed_soft_cap(model: PreTrainedModel) -> None:
+    """Up to transformers 5.17 the default kernel, sdpa, silently leaves Gemma 2's cap on attention scores out."""
+    if model.config._attn_implementation == "sdpa" and _caps_scores(model):
+        model.set_attn_implementation("eager")
 
 
 def load_model(
@@ -198,6 +212,7 @@ def load_model(
     except Exception as error:
         raise StorageError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
     check_finite(model, folder)
+    heed_soft_cap(model)
     return model, sorted(info["missing_keys"])
 
 
@@ -220,7 +235,9 @@ def random_model(
 ) -> PreTrainedModel:
     with quiet():
         torch.manual_seed(stream_seed(seed, "model"))
-        return model_class(config, task).from_config(config, dtype=dtype, **_attention(attn_implementation))
+        model = model_class(config, task).from_config(config, dtype=dtype, **_attention(attn_implementation))
+    heed_soft_cap(model)
+    return model
 
 
 def _attention(name: str) -> dict[str, str]:

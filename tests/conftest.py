@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from lora_cli.models import heed_soft_cap
 from lora_cli.ops.products import products_as_before
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring, and runs repeat bit for bit
@@ -114,6 +115,7 @@ def tiny_model(kind: str, task: str = "causal_lm", seed: int = 0, **changes: Any
     """A random model in float32, eval mode. Weights are larger than usual, so that differences show."""
     torch.manual_seed(seed)
     model = AUTO[task].from_config(tiny_config(kind, **changes))
+    heed_soft_cap(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

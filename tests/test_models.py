@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from lora_cli.errors import RecipeError, StorageError, UsageError
 from lora_cli.models import (
@@ -141,7 +142,6 @@ def test_an_empty_model_has_every_shape_and_no_memory():
 
 @pytest.mark.parametrize(("kind", "task"), [("t5", "causal_lm"), ("clip", "sequence_classification")])
 def test_an_architecture_without_that_task_is_refused(kind, task):
-    from transformers import AutoConfig
 
     with pytest.raises(UsageError, match=f"{kind} models have no {task} form in transformers"):
         empty_model(AutoConfig.for_model(kind), task)
@@ -229,6 +229,32 @@ def test_the_attention_that_is_asked_for_is_used(model_folder):
     for name in ("eager", "sdpa"):
         model, _ = load_model(folder, read_config(folder), "causal_lm", torch.float32, attn_implementation=name)
         assert model.config._attn_implementation == name
+
+
+CAPPED = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None}
+
+
+def test_a_cap_on_attention_scores_is_never_left_out(tmp_path):
+    """transformers up to 5.17 would take sdpa here, which knows none."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2} | CAPPED
+    config = AutoConfig.for_model("gemma2", **settings)
+    made = random_model(config, "causal_lm", torch.float32, 1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.5)
+    made.save_pretrained(tmp_path)
+    model, _ = load_model(tmp_path, read_config(tmp_path), "causal_lm", torch.float32)
+    ids = torch.arange(1, 20)[None]
+    capped = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, capped)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (model(ids).logits - capped).abs().max() > 1e-4, "the control: it makes a difference"
+    assert empty_model(config, "causal_lm").config._attn_implementation == "eager"
+    with pytest.raises(RecipeError, match="sdpa would leave out this model's soft cap"):
+        empty_model(config, "causal_lm", attn_implementation="sdpa")
 
 
 def test_a_random_model_is_a_function_of_its_seed():

@@ -40,6 +40,7 @@ from lora_cli.fusion.probing import (
     with_prefix,
 )
 from lora_cli.fusion.sharding import is_cut_up
+from lora_cli.models import heed_soft_cap
 from lora_cli.ops.cross_entropy import Head, loss_and_gradient
 from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.rows import Rows
@@ -70,6 +71,8 @@ def build_network(
     """
     was_training = model.training
     choose_products_for(model, next(model.parameters()).device)
+    if attention == "auto":
+        heed_soft_cap(model)
     model.eval()
     try:
         return _Prover(model, task, compile, end_to_end=attention == "auto", fused=fused).network()

@@ -26,7 +26,7 @@ from lora_cli.fusion.proof import build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.skipping import skippable, skipping
 from lora_cli.fusion.states import DiskStates, MemoryStates, States, key_of
-from lora_cli.models import head_modules
+from lora_cli.models import head_modules, heed_soft_cap
 from lora_cli.recipe import LoraSection
 from lora_cli.tasks import TASKS
 from lora_cli.training.optimizer import trained_parameters
@@ -57,6 +57,7 @@ def adapted(
         if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     model = AUTO[task].from_config(config)
+    heed_soft_cap(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -23,7 +23,7 @@ from lora_cli.data.batches import PADDED, collate
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
-from lora_cli.models import head_modules
+from lora_cli.models import head_modules, heed_soft_cap
 from lora_cli.recipe import LoraSection
 from lora_cli.tasks import TASKS
 from lora_cli.training.optimizer import trained_parameters
@@ -101,6 +101,7 @@ def adapted(kind: str, task: str, values: dict[str, Any], dtype: torch.dtype = t
         if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     model = AUTO[task].from_config(config)
+    heed_soft_cap(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
