@@ -102,7 +102,7 @@ class _Prover:
         self.compile = compile or self.device.type == "cuda"
         trains_inside = any(p.requires_grad for p in model.base_model.parameters())
         self.tries_backward = self.compile and trains_inside and not is_cut_up(model)  # which gathers for whole steps
-        self.learns = False  # shown to
+        self.learns = False  # whether a backward pass was tried, and works
         self.examples = probe_examples(model, task)
         self.forms_too = fused
         self.proven: dict[nn.Module, Forward] = {}
