@@ -181,7 +181,8 @@ def joined() -> Iterator[World]:
         return
     store = _meet(world)
     done = threading.Event()
-    threading.Thread(target=_watch, args=(store.clone(), done), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(store.clone(), done), daemon=True)
+    watcher.start()
     try:
         yield world
         world.wait()
@@ -190,6 +191,7 @@ def joined() -> Iterator[World]:
         raise _parting(error, world, store) from error
     finally:
         done.set()
+        watcher.join(GRACE_SECONDS)  # a thread that asks the store while Python ends would bring the process down
 
 
 def _world_of(variables: Any) -> World:
