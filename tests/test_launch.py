@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,8 +167,9 @@ def test_the_exit_code_is_one_that_a_process_gave_by_itself_or_says_what_ended_i
     assert exit_code(codes) == expected
 
 
-def test_no_module_of_the_current_folder_takes_the_place_of_a_library(recipe, tmp_path, monkeypatch):
+def test_no_module_of_the_current_folder_takes_the_place_of_a_library(recipe, tmp_path):
     (tmp_path / "typer.py").write_text("raise SystemExit(77)")
-    monkeypatch.chdir(tmp_path)
-    path = recipe(**{"training.max_steps": 1})
-    assert finish(start(tmp_path, "train", path, "--nproc-per-node", 2, variables=HERE_ONLY)) == 0
+    command = [sys.executable, "-P", "-m", "lora_cli", "train", str(recipe(**{"training.max_steps": 1}))]
+    variables = {name: value for name, value in os.environ.items() if name not in VARIABLES} | HERE_ONLY
+    run = subprocess.run([*command, "--nproc-per-node", "2"], cwd=tmp_path, env=variables, check=False)
+    assert run.returncode == 0
