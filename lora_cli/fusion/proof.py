@@ -109,6 +109,7 @@ class _Prover:
         self.notes: list[str] = []
 
     def network(self) -> Network:
+        """Every way proven in turn, each on top of those before; what was left out is in the notes."""
         plain = Network(self.model, own_attention=str(self.model.config._attn_implementation))
         expected = [self._answer(plain, [example]) for example in self.examples]
         lasting = []

@@ -113,7 +113,7 @@ class _HeadLoss(torch.autograd.Function):
         for chunk in head.chunks(hidden_MD):
             linear_CV = head.linear(hidden_MD[chunk])
             loss += loss_and_gradient(linear_CV, targets_M[chunk], head)
-            dlinear_CV = linear_CV  # by now
+            dlinear_CV = linear_CV  # what it has become in place
             if dbias_V is not None:
                 dbias_V += dlinear_CV.sum(0, dtype=dbias_V.dtype)
             through_CD = None if drows_TD is None else _take_rows(dlinear_CV, hidden_MD[chunk], head, drows_TD)
