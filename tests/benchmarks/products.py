@@ -1,16 +1,15 @@
 """What a training step must multiply at least, in closed form: the limit runs it, the utilisation counts it.
 
 A frozen matrix W (O, I) costs 2 O I operations a token forward and, where something below it is trained, 2 O I more
-for the gradient of its input; there is no gradient of W itself. Nothing below the first layer's queries, keys and
-values is trained, so these need no gradient of their input. Behind the last layer's keys and values nothing is looked
-at but the supervised positions, or the one of a classifier's row.
+for the gradient of its input; there is no gradient of W itself. Nothing below the queries, keys and values of the
+lowest adapted layer is trained, so these need no gradient of their input, and the layers below none at all. Behind the
+last layer's keys and values nothing is looked at but the supervised positions, or the one of a classifier's row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tests.benchmarks.shapes import Row, Shape
 
@@ -36,10 +35,16 @@ def products(shape: Shape) -> list[Product]:
     c = shape.config
     hidden, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     kv = hidden // c["num_attention_heads"] * c.get("num_key_value_heads", c["num_attention_heads"])
+    lowest = shape.adapted_layers[0]
     attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     mlp = [(inner, hidden)] * (2 if c["model_type"] == "llama" else 1) + [(hidden, inner)]
     found = [
-        Product(outputs, inputs, layer > 0 or place >= 3, on_targets=layer == layers - 1 and place not in (1, 2))
+        Product(
+            outputs,
+            inputs,
+            input_gradient=layer > lowest or (layer == lowest and place >= 3),
+            on_targets=layer == layers - 1 and place not in (1, 2),
+        )
         for layer in range(layers)
         for place, (outputs, inputs) in enumerate([*attention, *mlp])
     ]
@@ -52,21 +57,23 @@ def product_flops(shape: Shape, rows: Sequence[Row]) -> int:
     return sum(product.flops(tokens, targets) for product in products(shape))
 
 
-def attention_flops(config: dict[str, Any], rows: Sequence[Row]) -> int:
+def attention_flops(shape: Shape, rows: Sequence[Row]) -> int:
     """Two products forward (scores, values) and four backward, 2 D for each pair of tokens; none for hidden ones.
 
-    The last layer has queries at supervised positions only.
+    The last layer has queries at supervised positions only, and what lies below the adapters no backward pass.
     """
-    hidden = 1 if config["model_type"] == "llama" else 0
-    below = sum((2 - hidden) * len(row.ids) ** 2 for row in rows)
-    last = sum(row.num_targets * (2 * len(row.ids) - hidden * row.num_targets) for row in rows)
-    return 6 * config["hidden_size"] * ((config["num_hidden_layers"] - 1) * below + last)
+    hidden_pairs = 1 if shape.config["model_type"] == "llama" else 0
+    below = sum((2 - hidden_pairs) * len(row.ids) ** 2 for row in rows)
+    last = sum(row.num_targets * (2 * len(row.ids) - hidden_pairs * row.num_targets) for row in rows)
+    forward = (shape.config["num_hidden_layers"] - 1) * below + last
+    backward = (len(shape.adapted_layers) - 1) * below + last
+    return shape.config["hidden_size"] * (2 * forward + 4 * backward)
 
 
 def model_flops_per_token(shape: Shape) -> float:
     """4 N and the attention: N counts the layers for every token, and the head for supervised ones only."""
     rows = shape.rows()
-    return (product_flops(shape, rows) + attention_flops(shape.config, rows)) / sum(len(row.ids) for row in rows)
+    return (product_flops(shape, rows) + attention_flops(shape, rows)) / sum(len(row.ids) for row in rows)
 
 
 # Dense bfloat16 operations a second on tensor cores, by the vendor's data sheet; the longer name comes first.

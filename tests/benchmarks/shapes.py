@@ -52,6 +52,12 @@ class Shape:
     quantization: str = "none"  # of the base
     dropout: float = 0.0  # of the adapters
     prefix: int = 0  # tokens that all rows begin with, beside their own: a system prompt
+    top: int | None = None  # how many layers have adapters, from the last one down; none: all
+
+    @property
+    def adapted_layers(self) -> list[int]:
+        layers: int = self.config["num_hidden_layers"]
+        return list(range(0 if self.top is None else layers - self.top, layers))
 
     @property
     def is_variant(self) -> bool:
@@ -165,6 +171,16 @@ SHAPES = {
         256,
         2,
         prefix=256,
+    ),
+    "top-layers": Shape(
+        "Llama of 135M parameters with adapters on its top 10 of 30 layers, bfloat16; 4 rows of 64-512 tokens",
+        INSTRUCT_135M,
+        "bfloat16",
+        4,
+        64,
+        512,
+        4,
+        top=10,
     ),
     "encoder-sst2": Shape(
         "BERT of 22M parameters, float32, classification; 32 rows of 5-60 tokens, as SST-2's",

@@ -32,7 +32,7 @@ MICRO_ENCODER = replace(
     longest=12,
     usual=8,
 )
-BY_TASK = {"causal_lm": MICRO, "sequence_classification": MICRO_ENCODER}
+KINDS = {"causal_lm": MICRO, "sequence_classification": MICRO_ENCODER, "top layer": replace(MICRO, top=1)}
 
 
 def test_a_median_has_its_least_and_most():
@@ -86,8 +86,17 @@ def test_the_products_are_the_models_matrices(name):
 def test_attention_costs_six_products_of_all_pairs_or_of_half():
     rows = [Row([1] * 4), Row([1] * 2)]
     below, last = 8 + 2, 2 * 4 - 2 + 2 * 1 - 0.5  # two targets of four tokens see 3.5 each, up to half of themselves
-    assert attention_flops(MICRO.config, rows) == 6 * 2 * 32 * (below + last)
-    assert attention_flops(MICRO_ENCODER.config, rows) == 6 * 2 * 32 * (16 + 4 + 8 + 2)
+    assert attention_flops(MICRO, rows) == 6 * 2 * 32 * (below + last)
+    assert attention_flops(MICRO_ENCODER, rows) == 6 * 2 * 32 * (16 + 4 + 8 + 2)
+
+
+def test_frozen_layers_below_the_adapters_need_no_backward_pass():
+    """With the upper one of two layers adapted: the lower one forward only, the upper one's q, k, v too."""
+    top, rows = replace(MICRO, top=1), [Row(list(range(10)))]
+    layer, qkv = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64, 32 * (32 + 2 * 16)
+    saved = 2 * 10 * (layer - qkv) + 2 * 10 * 2 * 16 * 32 + 2 * 5 * 32 * 32  # of the upper: k, v of all, q of 5 targets
+    assert product_flops(MICRO, rows) - product_flops(top, rows) == saved
+    assert attention_flops(MICRO, rows) - attention_flops(top, rows) == 4 * 32 * 10**2
 
 
 def test_an_8b_model_needs_four_operations_a_parameter_and_token():
@@ -111,10 +120,10 @@ def test_the_limit_runs_and_agrees_with_its_own_count():
     assert per_token == pytest.approx(product_flops(MICRO, MICRO.rows()) / tokens)
 
 
-@pytest.mark.parametrize("task", BY_TASK)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*CONTENDERS, *ABLATIONS])
-def test_an_installed_contender_trains(name, task, tmp_path, monkeypatch):
-    contender, shape = (CONTENDERS | ABLATIONS)[name], BY_TASK[task]
+def test_an_installed_contender_trains(name, kind, tmp_path, monkeypatch):
+    contender, shape = (CONTENDERS | ABLATIONS)[name], KINDS[kind]
     if reason := contender.why_not(shape, cuda=torch.cuda.is_available()):
         pytest.skip(reason)
     monkeypatch.setattr("lora_cli.device.keep_freed_memory", lambda: True)  # not for all the tests that follow

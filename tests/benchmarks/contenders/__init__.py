@@ -23,6 +23,7 @@ class Contender:
     needs_variant: bool = False  # is nothing new where the shape is plain
     needs_prefix: bool = False  # is nothing new where rows have nothing in common
     needs_float32: bool = False  # is nothing new in other types
+    needs_top: bool = False  # is nothing new where all layers are adapted
 
     def train(self) -> Any:
         module, _, function = self.place.rpartition(".")
@@ -38,6 +39,8 @@ class Contender:
             return "the same: the shape is plain"
         if self.needs_prefix and not shape.prefix:
             return "the same: rows have nothing in common"
+        if self.needs_top and shape.top is None:
+            return "the same: all layers are adapted"
         if self.needs_float32 and (shape.dtype != "float32" or cuda):
             return "the same: products are not float32's on a CPU"
         if self.needs_cuda and not cuda:
@@ -67,6 +70,10 @@ ABLATIONS = {
     "lora, last layer on every token": Contender("ours.train_whole"),
     "lora, all logits at once": Contender("ours.train_all_logits", tasks=("causal_lm",)),
     "lora, no fused forms": Contender("ours.train_unfused"),
+    "lora, every A a product of its own": Contender("ours.train_apart"),
+    "lora, AdamW tensor by tensor": Contender("ours.train_loose"),
+    "lora, backward pass through frozen layers": Contender("ours.train_through", needs_top=True),
+    "lora, frozen layers cached in memory": Contender("ours.train_cached", needs_top=True),
     "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
     "lora, float32 multiplied as torch does": Contender("ours.train_as_torch_multiplies", needs_float32=True),
     "lora, freed memory given back": Contender("ours.train_giving_back"),

@@ -64,6 +64,7 @@ def lora_config(shape: Shape) -> Any:
         task_type=PEFT_TASKS[shape.task],
         use_dora=shape.use_dora,
         lora_dropout=shape.dropout,
+        layers_to_transform=None if shape.top is None else shape.adapted_layers,
     )
 
 

@@ -23,6 +23,7 @@ def train(job: Job) -> None:
         lora_dropout=job.shape.dropout,
         bias="none",
         target_modules=list(job.shape.targets),
+        layers_to_transform=None if job.shape.top is None else job.shape.adapted_layers,
         use_gradient_checkpointing=False,
     )
     train_model(job, model, None)
