@@ -28,6 +28,10 @@ slow: $(STAMP)  ## run the tests that the default suite leaves out
 gpu: $(STAMP)  ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
+liger: $(STAMP)  ## install Liger's kernels, and test them on the CPU, interpreted
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[liger]'
+	$(BIN)/pytest -m "slow or not slow" tests/ops/test_liger.py
+
 check: format lint type test  ## format, lint, check types, test
 
 format: $(STAMP)
@@ -40,10 +44,10 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## measure speed and memory
-	$(BIN)/python -m tests.benchmarks
+bench: $(STAMP)  ## measure speed and memory; all figures go to bench.json
+	$(BIN)/python -m tests.benchmarks --json bench.json
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help setup demo test slow gpu check format lint type bench clean
+.PHONY: help setup demo test slow gpu liger check format lint type bench clean

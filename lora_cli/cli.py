@@ -126,19 +126,24 @@ def _train(
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    nproc_per_node: Annotated[
+        int, typer.Option("--nproc-per-node", metavar="N", help="Plan for N processes of one machine.")
+    ] = 1,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tell everything that can be known before training, in seconds and without weights."""
+    from lora_cli.launch import check_count
     from lora_cli.recipe import load_recipe
 
+    check_count(nproc_per_node)
     loaded = load_recipe(recipe, overrides)
 
     from lora_cli.commands.check import check
     from lora_cli.report.plan import show_check
 
-    result = check(loaded, remote_code=trust_remote_code)
+    result = check(loaded, remote_code=trust_remote_code, processes=nproc_per_node)
     tell(result, show_check, as_json)
 
 

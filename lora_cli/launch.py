@@ -44,10 +44,15 @@ def launched() -> bool:
     return True
 
 
-def check_launch(processes: int) -> None:
-    """Raises ``UsageError`` where processes cannot be started at all."""
+def check_count(processes: int) -> None:
+    """Raises ``UsageError`` for what is no number of processes."""
     if processes < 1:
         raise UsageError(f"--nproc-per-node must be 1 or more, not {processes}")
+
+
+def check_launch(processes: int) -> None:
+    """Raises ``UsageError`` where processes cannot be started at all."""
+    check_count(processes)
     if launched():
         raise UsageError(
             "--nproc-per-node starts processes, and this one was started by torchrun already", "leave the flag out"

@@ -20,13 +20,10 @@ from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
 from lora_cli.models import head_modules, load_model
+from lora_cli.ops.kernels import Kernels
 from lora_cli.seeds import stream_seed
 
 LOADING_CURE = "use a smaller model, or model.dtype: bfloat16"
-
-
-def is_sharded(plan: Plan, world: World) -> bool:
-    return plan.recipe.training.strategy == "fsdp" and world.size > 1
 
 
 def build_model(
@@ -36,7 +33,7 @@ def build_model(
 
     Adapters have the ranks of the main process's ``checkpoint``, if there is one to go on from.
     """
-    sharded = is_sharded(plan, world)
+    sharded = plan.is_sharded
     with world.together(), memory_errors(LOADING_CURE):
         ranks = ranks_of(checkpoint, plan)
         model = _read_base(plan, base, remote_code)
@@ -76,11 +73,15 @@ def _read_base(plan: Plan, base: Path, remote_code: bool) -> PreTrainedModel:
 
 def choose_network(model: PreTrainedModel, plan: Plan, world: World) -> Network:
     """The fastest way to run the model that is shown to be right on it."""
-    build = build_compiled_network if plan.recipe.training.torch_compile else build_network
-    sharded = is_sharded(plan, world)
+    training = plan.recipe.training
+    build = build_compiled_network if training.torch_compile else build_network
+    kernels = Kernels.COMPILED if training.torch_compile else Kernels.PLAIN
+    if training.use_liger_kernel:
+        kernels = Kernels.LIGER
+    sharded = plan.is_sharded
     agreement = nullcontext() if sharded else world.together()  # sharded, who fails is missed by the others at once
     with agreement, memory_errors(LOADING_CURE):
-        network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation)
+        network = build(model, plan.recipe.task, attention=plan.recipe.model.attn_implementation, kernels=kernels)
     return replace(network, sharded=sharded)
 
 

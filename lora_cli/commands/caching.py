@@ -28,7 +28,13 @@ class CachePlan:
     where: str  # memory or disk
     layers: int
     of: int
-    bytes: int
+    bytes: int  # of all the processes that share what they are kept in
+    copies: int = 1  # so many processes
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of each process."""
+        return self.bytes // self.copies if self.where == "memory" else 0
 
     def __str__(self) -> str:
         layers = f"{self.layers} of {self.of} layers" if self.layers > 1 else f"1 of {self.of} layers"
@@ -70,7 +76,7 @@ def plan_cache(
             f"free{beside}"
         )
         raise RecipeError([Mistake(KEY, message, f"try {other}, or none")])
-    return CachePlan(where, skippable(model), len(layers), size)
+    return CachePlan(where, skippable(model), len(layers), size, copies)
 
 
 def cache_notes(plan: CachePlan | None, epochs: float, evaluates: bool) -> list[str]:

@@ -15,6 +15,8 @@ from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.plan import Plan, make_plan
 from lora_cli.data.dataset import Counts
 from lora_cli.data.encoding import Example
+from lora_cli.distributed import World
+from lora_cli.launch import check_devices
 from lora_cli.recipe import LoadedRecipe
 from lora_cli.storage import free_bytes
 
@@ -76,6 +78,7 @@ class Check:
             "steps_per_epoch": plan.steps.steps_per_epoch,
             "warmup_steps": plan.warmup_steps,
             "rows_per_step": plan.steps.rows_per_step,
+            "processes": plan.steps.num_processes,
             "device": plan.device.type,
             "dtype": str(plan.dtype).removeprefix("torch."),
             "quantization": "loftq" if plan.has_backbone else plan.recipe.model.quantization,
@@ -86,13 +89,19 @@ class Check:
         }
 
 
-def check(loaded: LoadedRecipe, *, remote_code: bool = False) -> Check:
-    """Do what `lora train` does before its first step. Raises the same errors."""
+def check(loaded: LoadedRecipe, *, remote_code: bool = False, processes: int = 1) -> Check:
+    """Do what `lora train` does before its first step, in each of so many processes of one machine.
+
+    Raises the same errors.
+    """
     output = OutputFolder(loaded.recipe.output_path, loaded.recipe.method)
     output.check_usable()
-    plan = make_plan(loaded, remote_code=remote_code)
+    world, on_cpu = World(size=processes, local_size=processes), loaded.recipe.training.use_cpu
+    check_devices(processes, on_cpu)
+    world.take_device(on_cpu)
+    plan = make_plan(loaded, remote_code=remote_code, world=world)
     examples = plan.dataset.train
-    planner = MemoryPlanner(plan, remote_code=remote_code)
+    planner = MemoryPlanner(plan, remote_code=remote_code, sharing=processes)
     memory = planned(planner)[0][1] if is_auto(plan) else planner.memory()
     return Check(
         plan,

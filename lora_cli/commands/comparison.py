@@ -24,7 +24,7 @@ from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
-from lora_cli.commands.plan import make_plan, position_limit
+from lora_cli.commands.plan import position_limit, read_dataset
 from lora_cli.data.encoding import Example
 from lora_cli.data.rows import read_rows
 from lora_cli.device import memory_errors
@@ -177,7 +177,7 @@ def rows_to_compare(
     recipe = fitted.folder.parent / "resolved.yaml"
     if recipe.is_file():
         try:
-            dataset = make_plan(load_recipe(recipe)).dataset
+            dataset = read_dataset(load_recipe(recipe))
         except LoraError as error:  # the rows may have moved since; sentences serve as well
             why = error.message.splitlines()[0]
             return _plain_rows(tokenizer, list(SENTENCES)), f"built-in sentences (the run's own rows: {why})"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from lora_cli.adapters.files import WEIGHTS
 from lora_cli.commands.plan import Plan
@@ -60,6 +61,20 @@ def _flat(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def _defaults() -> dict[str, Any]:
+    """What a run was given in a key that there was not yet when it began."""
+    found: dict[str, Any] = {}
+    for section, field in Recipe.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            continue
+        for key, inner in field.annotation.model_fields.items():
+            if inner.default is PydanticUndefined:
+                continue  # required, or made from the others
+            name, value = f"{section}.{key}", inner.default
+            found |= dict(_flat(value, f"{name}.")) if isinstance(value, BaseModel) else {name: value}
+    return found
+
+
 _PLACES: dict[str, KeyPath] = {
     "rows": ("dataset", "path"),
     "rows_per_step": ("training", "per_device_train_batch_size"),
@@ -73,6 +88,7 @@ _CURE = "put it back to go on, type --fresh to start over, or choose another out
 def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ``RecipeError`` with every difference."""
     mistakes = []
+    then = {name: value for name, value in _defaults().items() if name in now} | then
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) == now.get(name):
             continue

@@ -19,6 +19,7 @@ from lora_cli.data.batches import StepPlan, largest_evaluation_batch, tokens_of
 from lora_cli.data.encoding import Example
 from lora_cli.device import KERNELS_KEPT, available_bytes, process_bytes
 from lora_cli.distributed import World
+from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.network import Network
 from lora_cli.fusion.outline import outline_batch, outline_network
 from lora_cli.fusion.recompute import checkpoint_activations
@@ -28,7 +29,7 @@ from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import forget_tilings, tiling_of
-from lora_cli.recipe.rules import is_quantized
+from lora_cli.recipe.rules.facts import is_quantized
 from lora_cli.tasks import TASKS
 from lora_cli.training.evaluation import evaluation_size
 from lora_cli.training.optimizer import ALIGNMENT
@@ -53,13 +54,15 @@ class MemoryPlan:
     """Bytes. ``total`` is the expected peak of `lora train`: of the process, or of the GPU."""
 
     process: int  # interpreter, libraries, tokenizer and rows; 0 on a GPU
-    weights: int  # those that stay frozen
+    weights: int  # those that stay frozen; with fsdp this process's part of them
     adapters: int  # all that is trained, in float32
     gradients: int
     optimizer: int  # two moments
     activations: int  # kept for the backward pass
     logits: int  # in flight at one time
     temporaries: int  # what else is alive when most is
+    gathered: int  # with fsdp, layers that are whole while they run: one, and the next one on its way
+    cached: int  # states that frozen layers gave, kept in this process
     heap: int  # what the C library holds besides, and the kernels of products
     loading: int  # totals of the other phases
     evaluation: int
@@ -71,13 +74,13 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        step = self.activations + self.logits + self.temporaries
+        step = self.activations + self.logits + self.temporaries + self.gathered
         return self.resident + step + self.heap
 
     @property
     def resident(self) -> int:
         """What is there in every step and between them."""
-        return self.process + self.weights + self.adapters + self.gradients + self.optimizer
+        return self.process + self.weights + self.adapters + self.gradients + self.optimizer + self.cached
 
     @property
     def total(self) -> int:
@@ -94,8 +97,8 @@ class MemoryPlan:
 class MemoryPlanner:
     """Plans for one run; several sizes of its micro-batch can be asked for."""
 
-    def __init__(self, plan: Plan, *, remote_code: bool = False, sharing: int = 1) -> None:
-        """``sharing`` processes have the machine's memory together."""
+    def __init__(self, plan: Plan, *, remote_code: bool = False, sharing: int = 1, running: int = 1) -> None:
+        """``sharing`` processes have the machine's memory together; so many of them have taken their part already."""
         self.plan, recipe = plan, plan.recipe
         self.process = process_bytes() if plan.device.type != "cuda" else 0
         attention = recipe.model.attn_implementation
@@ -124,7 +127,7 @@ class MemoryPlanner:
             self.rehearsed, self.network = False, Network(self.model)
         self.limit = available_bytes(plan.device)
         if self.limit is not None and plan.device.type != "cuda":
-            self.limit = self.limit // sharing + self.process
+            self.limit = (self.limit + running * self.process) // sharing
 
     def memory(self, steps: StepPlan | None = None) -> MemoryPlan:
         """What the run takes with its steps cut like this."""
@@ -134,23 +137,29 @@ class MemoryPlanner:
         step = self._step(batch)
         logits = logits_bytes(self.network, batch, self.plan)
         frozen, trained, largest = self._parameters()
+        in_pieces, gathered = self._in_pieces()
         on_cpu = self.plan.device.type == "cpu"
         share = HEAP_SHARE_CHECKPOINTING if self.plan.recipe.training.gradient_checkpointing else HEAP_SHARE
         leftover = largest + WAKING_BYTES if on_cpu else 0
         peak = max(step.peak, step.kept + (logits if self.network.head is not None else 0))
-        resident = self.process + frozen + 4 * trained
+        kept = frozen - in_pieces + -(-in_pieces // steps.num_processes)
+        whole = frozen if on_cpu else kept  # the host maps all of the base's files
+        cached = self.plan.cache.bytes_in_memory if on_cpu and self.plan.cache is not None else 0
+        resident = self.process + kept + 4 * trained + cached
         return MemoryPlan(
             process=self.process,
-            weights=frozen,
+            weights=kept,
             adapters=trained,
             gradients=trained,
             optimizer=2 * trained,
             activations=step.kept,
             logits=min(logits, peak - step.kept) if self.network.head is None else logits,
             temporaries=max(0, peak - step.kept - logits),
+            gathered=gathered,
+            cached=cached,
             heap=leftover + int(share * peak) + self._kernels(steps) if on_cpu else 0,
-            loading=self.process + self._loading(frozen + trained, on_cpu) + (leftover if on_cpu else largest),
-            evaluation=resident + leftover + self._evaluation(steps),
+            loading=self.process + self._loading(whole + trained, on_cpu) + (leftover if on_cpu else largest),
+            evaluation=resident + leftover + gathered + self._evaluation(steps),
             saving=resident + leftover + 4 * trained,  # moments cut apart, and their bytes
             rows=len(batch),
             tokens=tokens_of(batch, self.network.layout),
@@ -207,6 +216,16 @@ class MemoryPlanner:
             return guessed.peak - guessed.kept
         outline = outline_batch(rows, self.network.layout, self.plan.device)
         return rehearse_evaluation(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+
+    def _in_pieces(self) -> tuple[int, int]:
+        """Bytes of the frozen weights that the processes hold in pieces, and of those that are whole at one time."""
+        if not self.plan.is_sharded:
+            return 0, 0
+        layers = [
+            sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
+            for layer in repeated_layers(self.model).values()
+        ]
+        return sum(layers), 2 * max(layers)
 
     def _parameters(self) -> tuple[int, int, int]:
         """Bytes of the frozen ones with buffers, of the trained ones in their vector, and what checking the

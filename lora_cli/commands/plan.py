@@ -30,7 +30,7 @@ from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, Stora
 from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet, set_labels
 from lora_cli.ops.packing import library
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
-from lora_cli.recipe.rules import is_quantized, was_changed
+from lora_cli.recipe.rules.facts import is_quantized, was_changed
 from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
@@ -55,10 +55,16 @@ class Plan:
     dtype: torch.dtype
     disk_bytes: int
     notes: list[str] = field(default_factory=list)
+    cache: CachePlan | None = None
 
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its processes hold the frozen layers in pieces."""
+        return self.recipe.training.strategy == "fsdp" and self.steps.num_processes > 1
 
     @property
     def has_backbone(self) -> bool:
@@ -139,9 +145,21 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
                 *cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
                 *_process_notes(recipe, world.size),
             ],
+            cache,
         )
         _check_disk(plan)
         return plan
+
+
+def read_dataset(loaded: LoadedRecipe) -> Dataset:
+    """The run's rows as tokens, whatever this machine could train: what a merge is compared on."""
+    with located(loaded), quiet():
+        recipe = loaded.recipe
+        config, _ = load_config(recipe.model)
+        tokenizer = load_tokenizer(recipe.model)
+        add_tokens(tokenizer, recipe.dataset.new_tokens)
+        readings = _read_rows(recipe)
+        return _encode(recipe, tokenizer, choose_labels(recipe, config, readings[0]), readings)
 
 
 def check_quantization(recipe: Recipe) -> None:

@@ -113,7 +113,8 @@ def train(
         prepare_for_training()
         held.enter_context(products_for(plan.model.skeleton, plan.device, plan.dtype))
         # 3. the model, and the weights of the checkpoint
-        planner = MemoryPlanner(plan, remote_code=remote_code, sharing=world.local_size) if is_auto(plan) else None
+        shared = {"sharing": world.local_size, "running": world.local_size}
+        planner = MemoryPlanner(plan, remote_code=remote_code, **shared) if is_auto(plan) else None
         sizes = planned(planner, standing.state.micro_batch_size) if planner else []
         model = build_model(plan, standing.base, standing.checkpoint, remote_code=remote_code, world=world)
         plan = replace(plan, model=plan.model.with_trained(model))

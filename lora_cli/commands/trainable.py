@@ -30,13 +30,17 @@ from lora_cli.adapters.tokens import attach_rows, find_rows, make_room, make_roo
 from lora_cli.commands.fitted import adapted_tables, copied_rows, copies_in_full
 from lora_cli.device import choose_device
 from lora_cli.errors import Mistake, RecipeError, UsageError
+from lora_cli.fusion.compilation import why_not_whole_layers
+from lora_cli.fusion.forms import may_have_forms
 from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.recompute import refuses
 from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
 from lora_cli.models import empty_model, head_modules
+from lora_cli.ops.kernels import why_not_compiled
+from lora_cli.ops.liger import why_not_here
 from lora_cli.recipe import Recipe
-from lora_cli.recipe.rules import STARTS_FROM_WEIGHTS
+from lora_cli.recipe.rules.facts import STARTS_FROM_WEIGHTS, is_quantized
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,10 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     ):
         cure = "write true" if model.skeleton.supports_gradient_checkpointing else "remove it"
         mistakes.append(Mistake(("training", "gradient_checkpointing"), reason, cure))
+    if recipe.training.use_liger_kernel and (refusal := why_not_here(choose_device(recipe.training.use_cpu))):
+        mistakes.append(Mistake(("training", "use_liger_kernel"), *refusal))
+    if recipe.training.torch_compile and (refusal := _why_not_compiled(recipe, model)):
+        mistakes.append(Mistake(("training", "torch_compile"), *refusal))
     if recipe.training.cache_frozen_layers != "none":
         try:
             skippable(model.skeleton)
@@ -219,6 +227,18 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
         mistakes.append(Mistake(("model", "path"), message))
     if mistakes:
         raise RecipeError(mistakes)
+
+
+def _why_not_compiled(recipe: Recipe, model: ModelPlan) -> tuple[str, str] | None:
+    """The reason and the cure."""
+    if reason := why_not_compiled(choose_device(recipe.training.use_cpu)):
+        return f"cannot work here: {reason}", "remove it, or install a C++ compiler"
+    if recipe.method != "full" and may_have_forms(model.skeleton):
+        return None
+    return why_not_whole_layers(
+        packed=is_quantized(recipe) or getattr(model.config, "quantization_config", None) is not None,
+        on_host=recipe.training.gradient_checkpointing == "offload",
+    )
 
 
 def _wrongly_quantized(recipe: Recipe, model: ModelPlan) -> Mistake | None:

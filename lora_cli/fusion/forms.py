@@ -9,7 +9,7 @@ Shape suffixes: N tokens, H heads, D head size; `...` any leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_cli.fusion.sharding import gathered
 from lora_cli.ops.attention import attend_rows
 from lora_cli.ops.elementwise import rms_norm, rotate
 from lora_cli.ops.gated import ACTIVATIONS, gated_low_rank
+from lora_cli.ops.kernels import Kernels
 from lora_cli.ops.low_rank import Projection, low_rank_linear
 from lora_cli.ops.sight import Sight
 
@@ -30,16 +31,30 @@ Forward = partial[Any]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-def forms_of(module: nn.Module, sights: dict[Any, Any], compile: bool) -> Iterator[Forward]:
+def forms_of(module: nn.Module, sights: dict[Any, Any], kernels: Kernels) -> Iterator[Forward]:
     """The forms that this module may have, by its looks; ``sights`` holds what its attention was asked for."""
     if has_hooks(module):
         return
+    looks = _looks_of(module)
+    if looks == "norm":
+        yield from _norm_forms(module, kernels)
+    elif looks == "gated":
+        yield from _gated_forms(module, kernels)
+    elif looks == "attention" and module in sights:
+        yield from _attention_forms(module, sights[module], kernels)
+
+
+def _looks_of(module: nn.Module) -> str | None:
     if type(module).__name__.endswith("RMSNorm"):
-        yield from _norm_forms(module, compile)
-    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        yield from _gated_forms(module, compile)
-    elif module in sights and all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")):
-        yield from _attention_forms(module, sights[module], compile)
+        return "norm"
+    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return "gated"
+    return "attention" if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")) else None
+
+
+def may_have_forms(model: nn.Module) -> bool:
+    """False where it is known without a weight that no module will have one."""
+    return any(_looks_of(module) is not None for module in model.modules())
 
 
 def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
@@ -48,22 +63,22 @@ def _projections(module: nn.Module, *names: str) -> list[Projection] | None:
     return found if len(found) == len(names) else None
 
 
-def _norm_forms(module: nn.Module, compile: bool) -> Iterator[Forward]:
+def _norm_forms(module: nn.Module, kernels: Kernels) -> Iterator[Forward]:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not weight.requires_grad and isinstance(eps, float):
         for offset in (0.0, 1.0):
-            yield partial(_norm, module, eps, offset, compile)
+            yield partial(_norm, module, eps, offset, kernels)
 
 
-def _norm(module: Any, eps: float, offset: float, compile: bool, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, eps, offset, compile=compile)
+def _norm(module: Any, eps: float, offset: float, kernels: Kernels, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps, offset, kernels=kernels)
 
 
-def _gated_forms(module: Any, compile: bool) -> Iterator[Forward]:
+def _gated_forms(module: Any, kernels: Kernels) -> Iterator[Forward]:
     activation = _activation_name(module.act_fn)
     if activation is not None and _projections(module, "gate_proj", "up_proj", "down_proj"):
-        yield partial(_gated, module, activation, compile)
+        yield partial(_gated, module, activation, kernels)
 
 
 def _activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
@@ -72,23 +87,23 @@ def _activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
     return next(equal, None)
 
 
-def _gated(module: nn.Module, activation: str, compile: bool, x: Tensor) -> Tensor:
+def _gated(module: nn.Module, activation: str, kernels: Kernels, x: Tensor) -> Tensor:
     projections = _projections(module, "gate_proj", "up_proj", "down_proj")
     assert projections is not None
     gate, up = low_rank_linear(x, projections[:2])
-    return gated_low_rank(gate, up, activation, projections[2], compile=compile)
+    return gated_low_rank(gate, up, activation, projections[2], kernels=kernels)
 
 
-def _attention_forms(module: nn.Module, sight: Sight, compile: bool) -> Iterator[Forward]:
+def _attention_forms(module: nn.Module, sight: Sight, kernels: Kernels) -> Iterator[Forward]:
     known = isinstance(getattr(module, "head_dim", None), int) and hasattr(module, "attention_dropout")
     if known and _projections(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-        yield partial(_attention, module, sight, compile)
+        yield partial(_attention, module, sight, kernels)
 
 
 def _attention(
     module: Any,
     sight: Sight,
-    compile: bool,
+    kernels: Kernels,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
@@ -100,8 +115,8 @@ def _attention(
     assert projections is not None and attention_mask is None and past_key_values is None
     cos_ND, sin_ND = (table[0] for table in position_embeddings)
     query, key, value = low_rank_linear(hidden_states[0], projections[:3])
-    query_NHD = rotate(_heads(query, module, "q_norm"), cos_ND, sin_ND, compile=compile)
-    key_NHD = rotate(_heads(key, module, "k_norm"), cos_ND, sin_ND, compile=compile)
+    query_NHD = rotate(_heads(query, module, "q_norm"), cos_ND, sin_ND, kernels=kernels)
+    key_NHD = rotate(_heads(key, module, "k_norm"), cos_ND, sin_ND, kernels=kernels)
     value_NHD = value.unflatten(-1, (-1, module.head_dim))
     dropout = module.attention_dropout if module.training else 0.0
     out_NHD = attend_rows(query_NHD, key_NHD, value_NHD, kwargs[ROWS_KEYWORD], sight, dropout)
@@ -134,16 +149,25 @@ class Calls:
         for handle in self._handles:
             handle.remove()
 
-    def proven_forms(self, sights: dict[Any, Any], compile: bool) -> dict[nn.Module, Forward]:
-        """The first form of each module that gives what the module gave."""
+    def proven_forms(self, sights: dict[Any, Any], choices: Sequence[Kernels]) -> dict[nn.Module, Forward]:
+        """The first form of each module that gives what the module gave, by the first of these kernels."""
         proven = {}
         for module, (args, kwargs, output) in self.notes.items():
             with gathered(self._model, module):
-                possible = forms_of(module, sights, compile)
+                possible = (form for kernels in choices for form in forms_of(module, sights, kernels))
                 form = next((form for form in possible if _agrees(form, args, kwargs, output)), None)
             if form is not None:
                 proven[module] = form
         return proven
+
+
+def name_of(form: Forward) -> str:
+    """norm, gated or attention."""
+    return str(form.func.__name__).lstrip("_")
+
+
+def kernels_of(form: Forward) -> Kernels:
+    return next(argument for argument in form.args if isinstance(argument, Kernels))
 
 
 def adopt(proven: dict[nn.Module, Forward]) -> dict[str, int]:
@@ -151,8 +175,7 @@ def adopt(proven: dict[nn.Module, Forward]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for module, form in proven.items():
         module.forward = form
-        name = form.func.__name__.lstrip("_")
-        counts[name] = counts.get(name, 0) + 1
+        counts[name_of(form)] = counts.get(name_of(form), 0) + 1
     return counts
 
 

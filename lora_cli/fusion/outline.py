@@ -30,6 +30,7 @@ from lora_cli.fusion.multiplying import choose_products_for
 from lora_cli.fusion.network import Network, takes_positions
 from lora_cli.fusion.probing import looked_at, only_its_last, probe_examples
 from lora_cli.ops.cross_entropy import Head
+from lora_cli.ops.kernels import Kernels
 from lora_cli.ops.rows import Ending, Rows, SomePiece
 
 META = torch.device("meta")
@@ -195,7 +196,7 @@ def _adopt_forms(network: Network, task: str, device: torch.device) -> None:
         {
             module: form
             for module, (args, kwargs, output) in calls.notes.items()
-            for form in list(forms_of(module, sights, False))[:1]
+            for form in list(forms_of(module, sights, Kernels.PLAIN))[:1]
             if _gives_the_shape(form, args, kwargs, output)
         }
     )

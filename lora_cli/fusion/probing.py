@@ -18,6 +18,8 @@ from lora_cli.data.encoding import Example
 from lora_cli.fusion.network import Network
 
 LENGTHS = (5, 2, 7)
+# How far a whole model may be off, relative to the size of its output: many roundings.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def probe_examples(model: PreTrainedModel, task: str) -> list[Example]:

@@ -9,15 +9,14 @@ Shape suffixes: N tokens, D hidden size, M positions, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.layer import has_hooks, projection_of
-from lora_cli.adapters.tokens import parts_of
 from lora_cli.data.batches import Batch, collate
 from lora_cli.data.encoding import Example
 from lora_cli.errors import UsageError, first_line
@@ -25,12 +24,14 @@ from lora_cli.fusion.attention import ROWS
 from lora_cli.fusion.compilation import compile_layers
 from lora_cli.fusion.dropping import quicken_dropout
 from lora_cli.fusion.ending import last_layer, lengthen, shorten
-from lora_cli.fusion.forms import Calls, Forward, abandon, adopt, close
-from lora_cli.fusion.looks import LEAST_SHARED, first_positions, has_dropout, heads_of, layout_of, why_not_end_to_end
+from lora_cli.fusion.forms import Calls, Forward, abandon, adopt, close, kernels_of, name_of
+from lora_cli.fusion.heads import proven_head
+from lora_cli.fusion.looks import LEAST_SHARED, first_positions, has_dropout, layout_of, why_not_end_to_end
 from lora_cli.fusion.multiplying import choose_products_for
-from lora_cli.fusion.network import Network, takes_positions, unpacked_for_head
+from lora_cli.fusion.network import Network, unpacked_for_head
 from lora_cli.fusion.probing import (
     LENGTHS,
+    TOLERANCES,
     answer_of,
     embedding_gradient,
     looked_at,
@@ -41,12 +42,10 @@ from lora_cli.fusion.probing import (
 )
 from lora_cli.fusion.sharding import is_cut_up
 from lora_cli.models import heed_soft_cap
-from lora_cli.ops.cross_entropy import Head, loss_and_gradient
-from lora_cli.ops.kernels import why_not_compiled
+from lora_cli.ops.flexible_attention import reasons_against
+from lora_cli.ops.kernels import Kernels, why_not_compiled
 from lora_cli.ops.rows import Rows
 
-# How far a whole model may be off, relative to the size of its output: many roundings.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 GRADIENT_TOLERANCE = 0.5  # finds kernels that are wrong; roundings add up to a tenth and more through deep models
 
 
@@ -62,12 +61,17 @@ class ObservedRows(Rows):
 
 @torch.no_grad()
 def build_network(
-    model: PreTrainedModel, task: str, *, attention: str = "auto", fused: bool = True, compile: bool = False
+    model: PreTrainedModel,
+    task: str,
+    *,
+    attention: str = "auto",
+    fused: bool = True,
+    kernels: Kernels = Kernels.PLAIN,
 ) -> Network:
     """The fastest way to run this model that is shown to be right. The model is on its device, adapters attached.
 
-    ``attention`` other than auto is a person's choice of kernel: rows are then padded, as it expects. ``compile``
-    makes single kernels of the fused forms' element-wise work, as is always tried on CUDA.
+    ``attention`` other than auto is a person's choice of kernel: rows are then padded, as it expects. ``kernels`` are
+    those of the fused forms' element-wise work: compiled ones are always tried on CUDA, and where Liger has none.
     """
     was_training = model.training
     choose_products_for(model, next(model.parameters()).device)
@@ -75,36 +79,69 @@ def build_network(
         heed_soft_cap(model)
     model.eval()
     try:
-        return _Prover(model, task, compile, end_to_end=attention == "auto", fused=fused).network()
+        return _Prover(model, task, kernels, end_to_end=attention == "auto", fused=fused).network()
     finally:
         model.train(was_training)
 
 
-def build_compiled_network(model: PreTrainedModel, task: str, *, attention: str = "auto") -> Network:
+def build_compiled_network(
+    model: PreTrainedModel, task: str, *, attention: str = "auto", kernels: Kernels = Kernels.COMPILED
+) -> Network:
     """What `training.torch_compile` asks for: fused forms compiled, or whole layers of a model that has none.
 
     Raises ``UsageError`` where nothing can be compiled.
     """
     if reason := why_not_compiled(next(model.parameters()).device):
         raise UsageError(f"training.torch_compile cannot work here: {reason}", "remove it, or install a C++ compiler")
-    network = build_network(model, task, attention=attention, compile=True)
+    network = build_network(model, task, attention=attention, kernels=kernels)
     return network if network.forms else compile_layers(network)
 
 
-_LOST = ("element-wise work is not compiled", "rows are padded", "fused forms are not used")
+# what a way may lack of those that were tried before it
+_LACKS = {
+    Kernels.LIGER: "Liger's kernels are not used",
+    Kernels.COMPILED: "element-wise work is not compiled",
+    Kernels.PLAIN: "fused forms are not used",
+}
+
+
+def _served_otherwise(proven: dict[nn.Module, Forward], choices: Sequence[Kernels]) -> list[str]:
+    """A note where some forms, or all, do without the kernels that are best."""
+    best, found = choices[0], {kernels_of(form) for form in proven.values()}
+    if found == {best} or not (proven or best is Kernels.LIGER):
+        return []
+    if not proven:
+        return ["Liger's kernels serve none of this model's layers"]
+    if best is Kernels.COMPILED:
+        return [f"{_LACKS[best]} in some forms: compiled they fail or give something else"]
+    others = sorted({name_of(form) for form in proven.values() if kernels_of(form) is not best})
+    return [f"Liger's kernels do not serve {' and '.join(others)}: they fail, give something else, or there are none"]
+
+
+class _Way(NamedTuple):
+    """How a model is run: by which kernels, the best first (none: no fused forms), and whether rows lie end to end."""
+
+    choices: tuple[Kernels, ...]
+    end_to_end: bool
+
+    def lacks(self, other: _Way) -> str:
+        lost = [_LACKS[kernels] for kernels in other.choices if kernels not in self.choices]
+        return " and ".join([*lost, *(["rows are padded"] if other.end_to_end and not self.end_to_end else [])])
 
 
 class _Prover:
-    def __init__(self, model: PreTrainedModel, task: str, compile: bool, *, end_to_end: bool, fused: bool) -> None:
-        self.model, self.task = model, task
-        self.end_to_end, self.fused = end_to_end, fused
+    def __init__(self, model: PreTrainedModel, task: str, kernels: Kernels, *, end_to_end: bool, fused: bool) -> None:
+        self.model, self.task, self.fused = model, task, fused
         self.device = next(model.parameters()).device
-        self.compile = compile or self.device.type == "cuda"
+        on_cuda = self.device.type == "cuda"
+        wanted = Kernels.COMPILED if on_cuda and kernels is Kernels.PLAIN else kernels
+        best_first = (Kernels.LIGER, Kernels.COMPILED, Kernels.PLAIN)
+        self.way = _Way(best_first[best_first.index(wanted) :] if fused else (), end_to_end)
         trains_inside = any(p.requires_grad for p in model.base_model.parameters())
-        self.tries_backward = self.compile and trains_inside and not is_cut_up(model)  # which gathers for whole steps
+        made_here = on_cuda or wanted is not Kernels.PLAIN  # flash attention is a device's library, too
+        self.tries_backward = made_here and trains_inside and not is_cut_up(model)  # which gathers for whole steps
         self.learns = False  # whether a backward pass was tried, and works
         self.examples = probe_examples(model, task)
-        self.forms_too = fused
         self.proven: dict[nn.Module, Forward] = {}
         self.notes: list[str] = []
 
@@ -113,19 +150,21 @@ class _Prover:
         plain = Network(self.model, own_attention=str(self.model.config._attn_implementation))
         expected = [self._answer(plain, [example]) for example in self.examples]
         lasting = []
-        if self.fused and self.compile and (reason := why_not_compiled(self.device)):
-            lasting.append(f"element-wise work is not compiled: {reason}")
-            self.compile = False
+        if Kernels.COMPILED in self.way.choices and (reason := why_not_compiled(self.device)):
+            lasting.append(f"{_LACKS[Kernels.COMPILED]}: {reason}")
+            others = tuple(kernels for kernels in self.way.choices if kernels is not Kernels.COMPILED)
+            self.way = self.way._replace(choices=others)
         network = self._learning(plain, expected) if self.tries_backward else self._proven(plain, expected)
         if self.fused:
-            network = replace(network, head=self._head(network))
+            network = self._with_head(network)
             quicken_dropout(self.model)
         network = self._ending(network)
+        self.notes += [f"attention's soft caps or windows have no kernel of their own: {r}" for r in reasons_against()]
         return replace(network, notes=(*lasting, *self.notes))
 
     def _proven(self, plain: Network, expected: list[Tensor]) -> Network:
-        network, sights = self._end_to_end(plain, expected) if self.end_to_end else (plain, {})
-        return replace(network, forms=self._adopt_forms(network, sights)) if self.forms_too else network
+        network, sights = self._end_to_end(plain, expected) if self.way.end_to_end else (plain, {})
+        return replace(network, forms=self._adopt_forms(network, sights)) if self.way.choices else network
 
     def _batch(self, network: Network, examples: list[Example]) -> Batch:
         return collate(examples, 0, network.layout).to(self.device)
@@ -193,10 +232,8 @@ class _Prover:
             before = answer_of(network, self._batch(network, self.examples), self.task)
         finally:
             calls.end()
-        proven = calls.proven_forms(sights, self.compile)
-        if self.compile and len(uncompiled := calls.proven_forms(sights, False)) > len(proven):
-            self.notes.append("element-wise work is not compiled: compiled forms fail or give something else")
-            self.compile, proven = False, uncompiled
+        proven = calls.proven_forms(sights, self.way.choices)
+        self.notes += _served_otherwise(proven, self.way.choices)
         forms = adopt(proven)
         after = answer_of(network, self._batch(network, self.examples), self.task)
         if close(after, before, TOLERANCES[before.dtype]):
@@ -217,8 +254,7 @@ class _Prover:
             self.notes.append(f"the backward pass is not tried ahead of the first step: {first_line(error)}")
             return network
         wanted, first_reason, ways = torch.cat(each), None, self._ways()
-        for way in ways:
-            self.compile, self.end_to_end, self.forms_too = way
+        for self.way in ways:
             network = self._proven(plain, expected)
             reason = self._why_not_backward(network, self.examples, wanted)
             if reason is None:
@@ -227,21 +263,15 @@ class _Prover:
             first_reason = first_reason or reason
             self._undo(plain)
         if first_reason is not None:
-            lost = [what for what, had, has in zip(_LOST, ways[0], way, strict=True) if had and not has]
-            self.notes.append(f"{' and '.join(lost)}: the backward pass fails: {first_reason}")
+            self.notes.append(f"{self.way.lacks(ways[0])}: the backward pass fails: {first_reason}")
         return network
 
-    def _ways(self) -> list[tuple[bool, bool, bool]]:
-        """(compiled, end to end, with forms), the fastest first; the last one is the model's own code."""
-        compile, end_to_end, fused = self.compile, self.end_to_end, self.fused
-        ways = [
-            (compile, end_to_end, fused),
-            (False, end_to_end, fused),
-            (compile, False, fused),
-            (False, False, fused),
-            (False, False, False),
-        ]
-        return [*dict.fromkeys(ways)]
+    def _ways(self) -> list[_Way]:
+        """The fastest first; the last one is the model's own code."""
+        choices, lines = self.way.choices, dict.fromkeys((self.way.end_to_end, False))
+        fewer = [choices[number:] for number in range(len(choices))] or [()]
+        ways = [_Way(those, end_to_end) for end_to_end in lines for those in fewer]
+        return [*dict.fromkeys([*ways, _Way((), end_to_end=False)])]
 
     def _why_not_backward(self, network: Network, rows: list[Example], wanted: Tensor) -> str | None:
         try:
@@ -255,47 +285,15 @@ class _Prover:
         self.model.set_attn_implementation(plain.own_attention)
         self.notes, self.proven = [], {}
 
-    # 4. the head
+    # 4. the head and the last layer
 
-    def _head(self, network: Network) -> Head | None:
-        """The output head as a formula, where it gives the model's own logits."""
-        output = self.model.get_output_embeddings()
-        table, ids_T, rows_TD = parts_of(output)
-        if self.task != "causal_lm" or type(table) is not nn.Linear or not takes_positions(self.model):
-            return None
-        if (projection_of(table) is None and not table.weight.requires_grad) or (
-            table is not output and has_hooks(output)
-        ):
-            return None
-        batch = self._batch(network, self.examples)
-        hidden_MD = network.supervised_hidden(batch)
-        expected_MV = network.supervised_logits(batch)
-        for plain in heads_of(self.model, table):
-            head = replace(plain, ids_T=ids_T, rows_TD=rows_TD)
-            if close(head.logits(hidden_MD).to(expected_MV.dtype), expected_MV, TOLERANCES[expected_MV.dtype] / 10):
-                return self._with_kernel(head, expected_MV, batch.targets)
-        self.notes.append("the loss holds all logits at once: this architecture's head is not a plain one")
-        return None
-
-    def _with_kernel(self, head: Head, logits_MV: Tensor, targets_M: Tensor) -> Head:
-        """The head with a compiled loss, where that gives the same."""
-        if not self.compile:
-            return head
-        compiled = replace(head, compile=True)
-        gradients = [logits_MV.clone(), logits_MV.clone()]
-        expected = loss_and_gradient(gradients[0], targets_M, head)
-        try:
-            found = loss_and_gradient(gradients[1], targets_M, compiled)
-        except Exception as error:  # as in _why_not_backward
-            self.notes.append(f"the loss is not compiled: {first_line(error)}")
-            return head
-        tolerance = TOLERANCES[logits_MV.dtype] / 10
-        if close(found, expected, tolerance) and close(gradients[1], gradients[0], tolerance):
-            return compiled
-        self.notes.append("the loss is not compiled: it gives something else")
-        return head
-
-    # 5. the last layer
+    def _with_head(self, network: Network) -> Network:
+        if self.task != "causal_lm":
+            return network
+        choices = self.way.choices or (Kernels.PLAIN,)
+        head, notes = proven_head(network, self._batch(network, self.examples), choices)
+        self.notes += notes
+        return replace(network, head=head)
 
     def _ending(self, network: Network) -> Network:
         """The network whose last layer runs only where something is looked at, if that gives the same there."""

@@ -2,9 +2,9 @@
 
     o_t = sum_u softmax_u(s q_t . k_u) v_u       over the u that t may see      arXiv:1706.03762, eq. 1
 
-Three ways, chosen by ``attend_rows``: on CUDA flash attention over variable lengths; on the CPU blocks of queries
-(``blocked_attention``); and row by row with torch's own kernel for what flash attention cannot do (dropout, a soft
-cap, float32).
+Four ways, chosen by ``attend_rows``: on CUDA flash attention over variable lengths, and ``flexible_attention`` for what
+that has no word for; on the CPU, and for soft caps wherever else, tiles (``blocked_attention``); and row by row torch's
+own kernel for the rest (dropout and float32 on a GPU).
 
 Shape suffixes: N tokens of all rows, M keys that they see, H query heads, K key-value heads, D head size, T tokens or
 keys of one row.
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_cli.ops.blocked_attention import attend_in_blocks
-from lora_cli.ops.precision import wide
+from lora_cli.ops.flexible_attention import attend_flexibly, can_attend_flexibly
 from lora_cli.ops.rows import Rows
-from lora_cli.ops.sight import INFINITE, Sight
+from lora_cli.ops.sight import Sight
 
 
 def attend_rows(
@@ -33,11 +33,21 @@ def attend_rows(
     """(N, H, D): each token attends within its own row, and to the prefix that it shares with others."""
     key_MKD, value_MKD = rows.source(rows, key_NKD, value_NKD)
     device = rows.stands_for or query_NHD.device.type
-    if device == "cpu":
+    if device == "cuda" and dropout == 0.0 and query_NHD.dtype.itemsize == 2:
+        if query_NHD.is_meta or _has_flash(rows, sight):  # on paper both keep the same
+            return _flash(query_NHD, key_MKD, value_MKD, rows, sight)
+        if can_attend_flexibly(query_NHD, key_MKD, sight):
+            return attend_flexibly(query_NHD, key_MKD, value_MKD, rows, sight)
+    if device == "cpu" or sight.softcap is not None:
         return attend_in_blocks(query_NHD, key_MKD, value_MKD, rows, sight, dropout)
-    if dropout == 0.0 and sight.softcap is None and device == "cuda" and query_NHD.dtype.itemsize == 2:
-        return _flash(query_NHD, key_MKD, value_MKD, rows, sight)
     return _row_by_row(query_NHD, key_MKD, value_MKD, rows, sight, dropout)
+
+
+def _has_flash(rows: Rows, sight: Sight) -> bool:
+    """Whether flash attention can look at rows in this way; it takes the last query for that of the last key."""
+    if sight.softcap is not None or (sight.window is not None and "window_size" not in _varlen_parameters()):
+        return False
+    return rows.end_with_their_keys or (sight.window is None and not sight.causal)
 
 
 @cache
@@ -81,8 +91,6 @@ def _flash(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, si
 
     known = _varlen_parameters()
     options: dict[str, Any] = {}
-    if sight.window is not None and ("window_size" not in known or not rows.end_with_their_keys):
-        return _row_by_row(query_NHD, key_MKD, value_MKD, rows, sight, 0.0)
     if "window_size" in known:
         left = -1 if sight.window is None else sight.window - 1
         options["window_size"] = (left, 0 if sight.causal else left)
@@ -114,23 +122,16 @@ def _row_by_row(
 
 def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, offset: int, sight: Sight, dropout: float) -> Tensor:
     queries, keys = slice(offset, offset + q_HTD.shape[1]), slice(0, k_KTD.shape[1])
-    plain = sight.window is None and queries.start == 0 and sight.softcap is None  # torch masks by itself then
+    group = q_HTD.shape[0] // k_KTD.shape[0]  # of torch's kernels, only flash attention lets heads share keys
+    k_HTD, v_HTD = (t.repeat_interleave(group, 0) if group > 1 else t for t in (k_KTD, v_KTD))
+    plain = sight.window is None and queries.start == 0  # torch masks by itself then
     hidden = None if plain else sight.hidden(queries, keys, q_HTD.device)
-    if sight.softcap is None:
-        return F.scaled_dot_product_attention(
-            q_HTD[None],
-            k_KTD[None],
-            v_KTD[None],
-            attn_mask=None if hidden is None else ~hidden,
-            is_causal=sight.causal and plain,
-            scale=sight.scaling,
-            dropout_p=dropout,
-            enable_gqa=True,
-        )[0]
-    group = q_HTD.shape[0] // k_KTD.shape[0]
-    k_HTD, v_HTD = (t.repeat_interleave(group, 0) for t in (k_KTD, v_KTD))
-    scores_HTT = wide(sight.softcap * torch.tanh((q_HTD * sight.scaling) @ k_HTD.transpose(1, 2) / sight.softcap))
-    if hidden is not None:
-        scores_HTT = scores_HTT.masked_fill(hidden, INFINITE)
-    p_HTT = torch.dropout(torch.softmax(scores_HTT, -1).to(v_HTD.dtype), dropout, dropout > 0)
-    return p_HTT @ v_HTD
+    return F.scaled_dot_product_attention(
+        q_HTD[None],
+        k_HTD[None],
+        v_HTD[None],
+        attn_mask=None if hidden is None else ~hidden,
+        is_causal=sight.causal and plain,
+        scale=sight.scaling,
+        dropout_p=dropout,
+    )[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_cli.ops.kernels import kernel
+from lora_cli.ops.kernels import Kernels, kernel
 from lora_cli.ops.precision import wide, wide_type
 
 # Logits made at a time: enough for a fast product, and few in memory. Measured with 49,152 words on the CPU:
@@ -56,7 +56,7 @@ class Head:
     softcap: float | None = None  # Gemma 2, arXiv:2408.00118
     ids_T: Tensor | None = None
     rows_TD: Tensor | None = None
-    compile: bool = False  # whether the loss's element-wise work is one kernel
+    kernels: Kernels = Kernels.PLAIN  # of the loss's element-wise work
 
     def linear(self, hidden_MD: Tensor) -> Tensor:
         """h W^T + b, (M, V)"""
@@ -84,7 +84,7 @@ def head_loss(hidden_MD: Tensor, head: Head, targets_M: Tensor) -> Tensor:
     """The summed cross-entropy of the head's logits, float32, without ever holding all of them."""
     hidden_MD = hidden_MD.to(head.weight.dtype)
     parameters = (head.weight, head.bias, head.ids_T, head.rows_TD)
-    return _HeadLoss.apply(hidden_MD, targets_M, head.scale, head.softcap, head.compile, *parameters)
+    return _HeadLoss.apply(hidden_MD, targets_M, head.scale, head.softcap, head.kernels, *parameters)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -97,13 +97,13 @@ class _HeadLoss(torch.autograd.Function):
         targets_M: Tensor,
         scale: float,
         softcap: float | None,
-        compile: bool,
+        kernels: Kernels,
         weight_VD: Tensor,
         bias_V: Tensor | None,
         ids_T: Tensor | None,
         rows_TD: Tensor | None,
     ) -> Tensor:
-        head = Head(weight_VD, bias_V, scale, softcap, ids_T, rows_TD, compile)
+        head = Head(weight_VD, bias_V, scale, softcap, ids_T, rows_TD, kernels)
         needs_hidden, *_, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         loss = torch.zeros((), dtype=wide_type(hidden_MD.dtype), device=hidden_MD.device)
         dhidden_MD = torch.empty_like(hidden_MD) if needs_hidden else None
@@ -149,7 +149,7 @@ def _take_rows(dlinear_CV: Tensor, hidden_CD: Tensor, head: Head, drows_TD: Tens
 def loss_and_gradient(linear_CV: Tensor, targets_C: Tensor, head: Head) -> Tensor:
     """The summed loss in float32; ``linear_CV`` becomes the loss's gradient by itself."""
     size = wide_positions(linear_CV.shape[1], linear_CV.device.type)
-    formula = kernel(_losses_and_gradient, head.compile)
+    formula = kernel(_losses_and_gradient, head.kernels)
     each = zip(linear_CV.split(size), targets_C.split(size), strict=True)
     return torch.cat([formula(some, targets, head.scale, head.softcap) for some, targets in each]).sum()
 

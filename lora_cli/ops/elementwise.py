@@ -1,7 +1,7 @@
 """The element-wise work between matrix products: RMSNorm and rotary positions.
 
 Each is one autograd node that saves its inputs alone, computes in float32 inside, and rounds once. The formulas
-run as they stand, or ``compile``d into single kernels.
+run as they stand, or as single ``kernels``.
 
 Shape suffixes: N tokens, D features, H heads; `...` any leading dimensions.
 """
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_cli.ops.kernels import kernel
+from lora_cli.ops.kernels import Kernels, kernel
 from lora_cli.ops.precision import wide
 
+PLAIN = Kernels.PLAIN
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, *, compile: bool = False) -> Tensor:
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, offset: float = 0.0, *, kernels: Kernels = PLAIN) -> Tensor:
     """(offset + w) x / sqrt(mean(x^2) + eps), in x's dtype.  arXiv:1910.07467, eq. 4; Gemma's offset is 1."""
-    return _RMSNorm.apply(x, weight_D, eps, offset, compile)
+    return _RMSNorm.apply(x, weight_D, eps, offset, kernels)
 
 
 def _rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -39,9 +41,9 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight_D: Tensor, of
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float, compile: bool) -> Tensor:
-        y, rstd = kernel(_rms_norm_forward, compile)(x, weight_D, eps, offset)
-        ctx.offset, ctx.compile = offset, compile
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, offset: float, kernels: Kernels) -> Tensor:
+        y, rstd = kernel(_rms_norm_forward, kernels)(x, weight_D, eps, offset)
+        ctx.offset, ctx.kernels = offset, kernels
         ctx.save_for_backward(x, rstd, weight_D)
         return y
 
@@ -49,16 +51,16 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, rstd, weight_D = ctx.saved_tensors
-        dx = kernel(_rms_norm_backward, ctx.compile)(dy, x, rstd, weight_D, ctx.offset)
+        dx = kernel(_rms_norm_backward, ctx.kernels)(dy, x, rstd, weight_D, ctx.offset)
         return dx, None, None, None, None
 
 
-def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, compile: bool = False) -> Tensor:
+def rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, kernels: Kernels = PLAIN) -> Tensor:
     """Rotary positions (arXiv:2104.09864, eq. 34) in the half-split form of Llama and GPT-NeoX.
 
     Pairs are (d, d + D/2); cos and sin hold each angle twice.
     """
-    return _Rotate.apply(x_NHD, cos_ND.unsqueeze(-2), sin_ND.unsqueeze(-2), compile)
+    return _Rotate.apply(x_NHD, cos_ND.unsqueeze(-2), sin_ND.unsqueeze(-2), kernels)
 
 
 def _rotated(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: int) -> Tensor:
@@ -77,22 +79,22 @@ def _rotated_by_halves(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, directio
     return torch.cat(halves, -1).to(x_NHD.dtype)
 
 
-def _turned(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: int, compile: bool) -> Tensor:
-    formula = _rotated_by_halves if compile else _rotated
-    return kernel(formula, compile)(x_NHD, cos_N1D, sin_N1D, direction)
+def _turned(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: int, kernels: Kernels) -> Tensor:
+    formula = _rotated if kernels is PLAIN else _rotated_by_halves
+    return kernel(formula, kernels)(x_NHD, cos_N1D, sin_N1D, direction)
 
 
 class _Rotate(torch.autograd.Function):
     """The backward pass turns the other way, so nothing but the angles is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, compile: bool) -> Tensor:
-        ctx.compile = compile
+    def forward(ctx: Any, x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, kernels: Kernels) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(cos_N1D, sin_N1D)
-        return _turned(x_NHD, cos_N1D, sin_N1D, 1, compile)
+        return _turned(x_NHD, cos_N1D, sin_N1D, 1, kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Any, ...]:
         cos_N1D, sin_N1D = ctx.saved_tensors
-        return _turned(dy_NHD, cos_N1D, sin_N1D, -1, ctx.compile), None, None, None
+        return _turned(dy_NHD, cos_N1D, sin_N1D, -1, ctx.kernels), None, None, None

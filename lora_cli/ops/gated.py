@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_cli.ops.dropout import scale_of
-from lora_cli.ops.kernels import kernel
+from lora_cli.ops.kernels import Kernels, kernel
 from lora_cli.ops.low_rank import Fixed, Projection, add_through_a, dense, drawn, project, seen, through_gain
 
 Activation = Callable[[Tensor], Tensor]
@@ -42,11 +42,13 @@ ACTIVATIONS: dict[str, tuple[Activation, Derivative]] = {
 }
 
 
-def gated_low_rank(gate: Tensor, up: Tensor, activation: str, down: Projection, *, compile: bool = False) -> Tensor:
+def gated_low_rank(
+    gate: Tensor, up: Tensor, activation: str, down: Projection, *, kernels: Kernels = Kernels.PLAIN
+) -> Tensor:
     """(..., O) from gate and up (..., I)."""
     gate_NI, up_NI = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     fixed = Fixed(down.scaling, down.unpack, down.dropout)
-    y_NO = _GatedLowRank.apply(gate_NI, up_NI, activation, fixed, compile, *down.tensors)
+    y_NO = _GatedLowRank.apply(gate_NI, up_NI, activation, fixed, kernels, *down.tensors)
     return y_NO.reshape(*gate.shape[:-1], y_NO.shape[-1])
 
 
@@ -70,21 +72,21 @@ class _GatedLowRank(torch.autograd.Function):
         up_NI: Tensor,
         activation: str,
         fixed: Fixed,
-        compile: bool,
+        kernels: Kernels,
         weight: Tensor,
         bias_O: Tensor | None,
         a_RI: Tensor | None,
         b_OR: Tensor | None,
         gain_O: Tensor | None,
     ) -> Tensor:
-        h_NI = kernel(_inner, compile)(gate_NI, up_NI, ACTIVATIONS[activation][0])
+        h_NI = kernel(_inner, kernels)(gate_NI, up_NI, ACTIVATIONS[activation][0])
         z_NR = cast_A = scaled_B = mask_NI = None
         if a_RI is not None and b_OR is not None:
             cast_A, mask_NI = drawn(a_RI, h_NI, fixed.dropout)
             scaled_B = (b_OR * fixed.scaling).to(h_NI.dtype)
             z_NR = seen(h_NI, mask_NI) @ cast_A.T
         y_NO = project(h_NI, dense(weight, fixed.unpack, h_NI.dtype), bias_O, z_NR, scaled_B, gain_O)
-        ctx.activation, ctx.fixed, ctx.compile = activation, fixed, compile
+        ctx.activation, ctx.fixed, ctx.kernels = activation, fixed, kernels
         ctx.dtype = None if b_OR is None else b_OR.dtype
         for_gain = (None, None, None) if gain_O is None else (y_NO, bias_O, gain_O)
         ctx.save_for_backward(gate_NI, up_NI, weight, z_NR, cast_A, scaled_B, mask_NI, *for_gain)
@@ -103,7 +105,7 @@ class _GatedLowRank(torch.autograd.Function):
             g_NR = dy_NO @ scaled_B
             add_through_a(dh_NI, g_NR, cast_A, mask_NI)
             db_OR = (dy_NO.T @ z_NR).to(ctx.dtype).mul_(ctx.fixed.scaling)
-        h_NI, dgate_NI, dup_NI = kernel(_inner_backward, ctx.compile)(dh_NI, gate_NI, up_NI, act, derivative)
+        h_NI, dgate_NI, dup_NI = kernel(_inner_backward, ctx.kernels)(dh_NI, gate_NI, up_NI, act, derivative)
         if scaled_B is not None:
             da_RI = (g_NR.T @ seen(h_NI, mask_NI)).to(ctx.dtype)
             if mask_NI is not None:

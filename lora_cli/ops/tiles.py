@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_cli.ops.products import onednn_multiplies
 from lora_cli.ops.rows import Rows
+from lora_cli.ops.sending import send
 from lora_cli.ops.sight import INFINITE, Sight
 
 MULTIPLE = 32  # lengths are padded to this: products of odd sizes take up to twice as long
@@ -273,7 +274,7 @@ def _places(blocks: list[_Block], kv_heads: int, device: torch.device) -> Places
     back = np.empty_like(lies_at)
     back[all_tokens[lies_at]] = lies_at
     tables = (all_tokens, np.flatnonzero(~is_real), back)
-    return Places(*(torch.from_numpy(table).to(device) for table in tables))
+    return Places(*(send(torch.from_numpy(table), device) for table in tables))
 
 
 def _bias_of(stack: _Stack, sight: Sight, device: torch.device) -> Tensor | None:
@@ -297,8 +298,9 @@ def _bias(
     none = torch.zeros(queries, keys, dtype=torch.bool, device=device)
     hidden_RQT = torch.stack([none if hidden is None else hidden for hidden in each])
     if ends is not None:
-        ends_R11 = torch.tensor(ends, device=device)[:, None, None]
-        position_RQ1 = (torch.tensor(first, device=device)[:, None] + torch.arange(queries, device=device))[..., None]
+        ends_R11 = send(torch.tensor(ends), device)[:, None, None]
+        first_R1 = send(torch.tensor(first), device)[:, None]
+        position_RQ1 = (first_R1 + torch.arange(queries, device=device))[..., None]
         hidden_RQT = hidden_RQT | (torch.arange(keys, device=device) >= ends_R11)
         hidden_RQT = hidden_RQT & (position_RQ1 < ends_R11)  # padding sees all: without anything to see, it is NaN
     if all(hidden is None for hidden in each) and (ends is None or min(ends) >= keys):

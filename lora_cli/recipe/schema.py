@@ -246,6 +246,9 @@ class TrainingSection(Section):
     torch_compile: bool = Field(
         False, description="compile element-wise work (or the layers of a model without fused forms); always on CUDA"
     )
+    use_liger_kernel: bool = Field(
+        False, description="take Liger's Triton kernels for element-wise work where it has one: CUDA only, an extra"
+    )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="of several processes: ddp (each holds the whole base) or fsdp (each holds a part of the frozen "

@@ -159,16 +159,20 @@ def _show_memory(console: Console, check: Check) -> None:
         kept += ", recomputed by layers"
     parts = [
         ("process", memory.process, "interpreter, libraries, rows"),
-        ("weights", memory.weights, "frozen"),
+        ("weights", memory.weights, "frozen; of the decoder layers a part" if plan.is_sharded else "frozen"),
         (trained, memory.adapters, "float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, "two moments"),
         ("activations", memory.activations, kept),
         ("logits", memory.logits, "alive at one time"),
         ("temporaries", memory.temporaries, "what else is alive when most is"),
+        ("gathered", memory.gathered, "layers that are whole while they run"),
+        ("cached", memory.cached, "what frozen layers gave, of every row"),
         ("heap", memory.heap, "held by the libraries between tensors"),
     ]
-    made = table("memory", "estimated", "", right=(1,))
+    processes = plan.steps.num_processes
+    whose = f"memory of each of {processes} processes" if processes > 1 else "memory"
+    made = table(whose, "estimated", "", right=(1,))
     for name, count, what in parts:
         if count:
             made.add_row(name, size(count), what)

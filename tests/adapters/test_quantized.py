@@ -24,7 +24,7 @@ from lora_cli.adapters.targets import linear_modules
 from lora_cli.ops.gated import gated_low_rank
 from lora_cli.ops.low_rank import dense
 from lora_cli.ops.packing import pack, unpack
-from lora_cli.recipe.rules import STARTS_FROM_WEIGHTS
+from lora_cli.recipe.rules.facts import STARTS_FROM_WEIGHTS
 from lora_cli.seeds import stream
 from tests.conftest import tiny_model
 

@@ -94,7 +94,7 @@ def test_the_fast_way_s_loss_and_gradients_are_the_model_s_own(kind, tied, dtype
 
 def test_a_head_that_forgets_the_rows_would_be_seen(monkeypatch):
     """The control: without the rows the formula is not the model's head, and is not used."""
-    monkeypatch.setattr("lora_cli.fusion.proof.parts_of", lambda output: (output.base, None, None))
+    monkeypatch.setattr("lora_cli.fusion.heads.parts_of", lambda output: (output.base, None, None))
     model = with_rows()
     perturb(model)
     assert build_network(model, "causal_lm").head is None

@@ -23,9 +23,10 @@ from tests.benchmarks.other import measure_other
 from tests.benchmarks.processes import measured
 from tests.benchmarks.rounds import measure_shape
 from tests.benchmarks.shapes import SHAPES, unavailable
-from tests.benchmarks.table import heading, markdown, put_between_marks, tables
+from tests.benchmarks.table import QUIET, heading, markdown, put_between_marks, tables
 
 DEFAULT_SHAPES = [name for name in SHAPES if name != "micro"]
+WAITS = 48  # of five seconds
 OTHER = "other"  # on the command line, a shape like the rest
 
 
@@ -68,6 +69,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.into and not options.table:
         parser.error("--into goes with --table")
     options.shapes = options.shapes or [*DEFAULT_SHAPES, OTHER]
+    options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     return options
 
 
@@ -77,10 +79,24 @@ def _check_known(parser: argparse.ArgumentParser, what: str, given: list[str], k
         parser.exit(2, f"error: unknown {what}: {', '.join(unknown)}; known are {', '.join(known)}\n")
 
 
+def wait_for_quiet(say: Callable[[str], None]) -> None:
+    """The load is a mean of the last minute: what has just ended is still in it."""
+    for number in range(WAITS):
+        if os.getloadavg()[0] <= QUIET:
+            return
+        if number == 0:
+            say(
+                f"waiting until the machine is quiet (load {os.getloadavg()[0]:.1f}), at most {WAITS * 5 // 60} minutes"
+            )
+        time.sleep(5)
+
+
 def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The JSON document. It is written after every shape, so that a run cut short has not measured for nothing."""
+    wait_for_quiet(say)
     began = time.perf_counter()
-    document: dict[str, Any] = {"machine": measured("machine"), "rounds": options.rounds, "shapes": {}}
+    document: dict[str, Any] = {"command": options.command, "machine": measured("machine")}
+    document |= {"rounds": options.rounds, "shapes": {}}
     cuda = document["machine"]["cuda"]
     for name in options.shapes:
         if name == OTHER:

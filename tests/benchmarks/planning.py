@@ -13,21 +13,13 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.shapes import INSTRUCT_135M
+from tests.benchmarks.shapes import ENCODER, INSTRUCT_135M
 
 ROOT = Path(__file__).resolve().parents[2]
-ENCODER = {
-    "model_type": "bert",
-    "hidden_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 12,
-    "intermediate_size": 1536,
-    "vocab_size": 30522,
-}
 ROWS = 64
 
 
@@ -40,6 +32,8 @@ class Shape:
     longest: int
     changes: dict[str, Any] = field(default_factory=dict)
     task: str = "causal_lm"
+    prefix: int = 0  # words that all rows begin with, beside their own
+    processes: int = 1
 
 
 def _llama(dtype: str, shortest: int = 64, longest: int = 512, **changes: Any) -> Shape:
@@ -55,6 +49,15 @@ SHAPES = {
     "135m-bfloat16-dora": _llama("bfloat16", **{"lora.use_dora": True}),
     "135m-bfloat16-nf4": _llama("bfloat16", **{"model.quantization": "nf4"}),
     "135m-bfloat16-padded": _llama("bfloat16", **{"model.attn_implementation": "sdpa"}),
+    "135m-bfloat16-top-10": _llama("bfloat16", **{"lora.layers_to_transform": list(range(20, 30))}),
+    "135m-bfloat16-top-10-cached": _llama(
+        "bfloat16",
+        **{"lora.layers_to_transform": list(range(20, 30)), "training.cache_frozen_layers": "memory"},
+    ),
+    "135m-bfloat16-prefix": replace(
+        _llama("bfloat16", 32, 256, **{"training.per_device_train_batch_size": 8}), prefix=256
+    ),
+    "135m-bfloat16-fsdp": replace(_llama("bfloat16", **{"training.strategy": "fsdp"}), processes=2),
     "encoder-float32": Shape(
         ENCODER,
         5,
@@ -90,7 +93,8 @@ def write_shape(shape: Shape, folder: Path) -> list[str]:
         folder / "model"
     )
     chance = random.Random(0)
-    rows = [_row(shape, chance) for _ in range(ROWS)]
+    common = _text(shape, chance, shape.prefix)
+    rows = [_row(shape, chance, common) for _ in range(ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = {"task": shape.task, "model": {"path": str(folder / "model")}}
     recipe |= {"dataset": {"path": str(folder / "rows.jsonl"), "eval_size": 8}, "output_dir": str(folder / "run")}
@@ -99,20 +103,21 @@ def write_shape(shape: Shape, folder: Path) -> list[str]:
     return [str(folder / "recipe.yaml"), *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
 
 
-def _row(shape: Shape, chance: random.Random) -> dict[str, Any]:
-    """Half of it is supervised; the end of text counts as a token."""
+def _text(shape: Shape, chance: random.Random, length: int) -> str:
+    return "".join(f" w{chance.randrange(10, shape.config['vocab_size'])}" for _ in range(length))
 
-    def text(length: int) -> str:
-        return "".join(f" w{chance.randrange(10, shape.config['vocab_size'])}" for _ in range(length))
 
+def _row(shape: Shape, chance: random.Random, common: str) -> dict[str, Any]:
+    """Half of its own words are supervised; the end of text counts as a token."""
     length = chance.randint(shape.shortest, shape.longest)
     if shape.task == "sequence_classification":
-        return {"text": text(length), "label": chance.randrange(2)}
-    return {"prompt": text(length // 2), "completion": text(length - length // 2 - 1)}
+        return {"text": _text(shape, chance, length), "label": chance.randrange(2)}
+    prompt = common + _text(shape, chance, length // 2)
+    return {"prompt": prompt, "completion": _text(shape, chance, length - length // 2 - 1)}
 
 
 def run(*command: str) -> tuple[str, int]:
-    """(what it prints, the most memory it had in bytes)."""
+    """(what it prints, the most memory that it or a process of its had, in bytes)."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out)
         _, status, usage = os.wait4(process.pid, 0)
@@ -132,8 +137,10 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         ]
     else:
         arguments = json.loads(run("-m", "tests.benchmarks.planning", "--write", name, str(folder))[0])
-    plan = json.loads(run("-m", "lora_cli", "check", *arguments, "--json")[0])["memory"]
-    summary, peak = run("-m", "lora_cli", "train", *arguments, "--json")
+    processes = SHAPES[name].processes if name in SHAPES else 1
+    options = ["--json", *(["--nproc-per-node", str(processes)] if processes > 1 else [])]
+    plan = json.loads(run("-m", "lora_cli", "check", *arguments, *options)[0])["memory"]
+    summary, peak = run("-m", "lora_cli", "train", *arguments, *options)
     return {"plan": plan, "peak": peak, "summary": json.loads(summary)["peak_memory_bytes"]}
 
 

@@ -12,7 +12,7 @@ from tests.benchmarks.products import model_flops_per_token
 from tests.benchmarks.shapes import SHAPES, Shape
 
 LIMIT = "limit"
-NO_CUDA = "not measured: no CUDA device"
+NO_CUDA, NOT_RUN = "not measured: no CUDA device", "not run"
 Results = dict[str, Any]  # of one contender: each figure's values by round, or a text that says why there are none
 
 
@@ -42,7 +42,8 @@ def measured_base(name: str, base: str) -> None:
 
 def _entries(shape: Shape, chosen: list[str], cuda: bool, ablation: bool) -> dict[str, str | None]:
     """Who takes part, and why not."""
-    entries = {name: CONTENDERS[name].why_not(shape, cuda=cuda) for name in chosen}
+    entries = {name: CONTENDERS[name].why_not(shape, cuda=cuda) for name in CONTENDERS}
+    entries |= {name: NOT_RUN for name, why_not in entries.items() if why_not is None and name not in chosen}
     if ablation:
         entries |= {name: ABLATIONS[name].why_not(shape, cuda=cuda) for name in ABLATIONS}
     return entries | {LIMIT: None}

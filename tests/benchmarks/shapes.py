@@ -111,7 +111,7 @@ LLAMA_8B = llama(4096, 14336, 32, 32, 8, vocab_size=128256)
 LLAMA_70B = llama(8192, 28672, 80, 64, 8, vocab_size=128256, architectures=["LlamaForCausalLM"])
 ENCODER = {
     "model_type": "bert",
-    "vocab_size": 30522,
+    "vocab_size": 1024,
     "hidden_size": 384,
     "intermediate_size": 1536,
     "num_hidden_layers": 6,
@@ -183,7 +183,7 @@ SHAPES = {
         top=10,
     ),
     "encoder-sst2": Shape(
-        "BERT of 22M parameters, float32, classification; 32 rows of 5-60 tokens, as SST-2's",
+        "BERT of 11M parameters and 1,024 words, float32, classification; 32 rows of 5-60 tokens, as SST-2's",
         ENCODER,
         "float32",
         32,

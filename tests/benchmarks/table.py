@@ -143,7 +143,8 @@ def heading(document: dict[str, Any]) -> str:
     busy = (
         f" Others were at work (load {machine['load_before']:.1f}): doubtful." if machine["load_before"] > QUIET else ""
     )
-    return f"{device}{machine['cpu']}, {machine['cores']} cores; {versions}; {many}.{busy}"
+    command = f"`{document['command']}`: " if "command" in document else ""
+    return f"{command}{device}{machine['cpu']}, {machine['cores']} cores; {versions}; {many}.{busy}"
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:

@@ -206,6 +206,7 @@ def test_a_file_that_cannot_be_used_is_told_before_anything_is_measured(argument
 
 
 DOCUMENT = {
+    "command": "bench small",
     "machine": {
         "cpu": "Some CPU",
         "cores": 2,
@@ -242,7 +243,7 @@ DOCUMENT = {
     "unavailable": {"DoRA": "not available in this version"},
 }
 EXPECTED = """\
-Some CPU, 2 cores; torch 2.13.0; medians of 3 rounds, least and most in brackets.
+`bench small`: Some CPU, 2 cores; torch 2.13.0; medians of 3 rounds, least and most in brackets.
 
 **small: a small one**
 

@@ -77,8 +77,10 @@ def test_the_plan_leaves_out_what_cannot_fit(recipe):
 def test_processes_of_a_machine_share_its_memory(recipe, monkeypatch):
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: 12 * 10**9)
     plan = make_plan(load_recipe(recipe(**AUTO)))
-    limits = [MemoryPlanner(plan, sharing=number) for number in (1, 4)]
+    limits = [MemoryPlanner(plan, sharing=number, running=number) for number in (1, 4)]
     assert [planner.limit - planner.process for planner in limits] == [12 * 10**9, 3 * 10**9]
+    check = MemoryPlanner(plan, sharing=4)
+    assert check.limit == (12 * 10**9 + check.process) // 4, "the other three still have to begin"
 
 
 class Others:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lora_cli.commands.check import Excerpt, check, excerpt, spread
 from lora_cli.recipe import load_recipe
@@ -34,6 +35,33 @@ def test_its_figures_are_those_of_the_training_run(recipe, lora):
     assert (checked["device"], checked["dtype"]) == (trained["device"], trained["dtype"])
     assert checked["rows_per_step"] == 8
     assert checked["steps_per_epoch"] == 3
+
+
+def test_it_plans_for_several_processes(recipe, lora):
+    """A step takes a micro-batch of each, and the memory shown is that of one."""
+    path = recipe(**{"training.strategy": "fsdp"})
+    alone, three = (lora("check", path, "--json", "--nproc-per-node", count).json for count in (1, 3))
+    assert (alone["processes"], three["processes"]) == (1, 3)
+    assert three["rows_per_step"] == 3 * alone["rows_per_step"]
+    assert three["memory"]["weights"] < alone["memory"]["weights"]
+    assert any("shards nothing in a single process" in note for note in alone["notes"])
+    assert not any("fsdp" in note for note in three["notes"])
+    shown = lora("check", path, "--nproc-per-node", 3).out
+    assert "memory of each of 3 processes" in shown
+    assert "12 rows (4 in a micro-batch x 1 x 3 processes)" in shown
+    assert "memory of each" not in lora("check", path).out
+    refused = lora("check", path, "--nproc-per-node", 0)
+    assert refused.code == 2
+    assert "--nproc-per-node must be 1 or more, not 0" in refused.err
+
+
+def test_processes_without_a_device_are_refused_as_training_does(recipe, lora, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused = lora("check", recipe(**{"training.use_cpu": False}), "--nproc-per-node", 3)
+    assert refused.code == 2
+    assert "--nproc-per-node 3 needs 3 CUDA devices, and there are 2" in refused.err
+    assert lora("check", recipe(), "--nproc-per-node", 3).code == 0, "on the CPU there is room for all"
 
 
 def test_tokens_and_targets_are_spread_over_all_rows(recipe):

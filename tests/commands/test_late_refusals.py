@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from lora_cli.adapters.full import train_in_full
+from lora_cli.commands import building, trainable
 from tests.conftest import chat_rows, labelled_rows, tiny_model, write_jsonl
 
 MAMBA = {"model_type": "mamba", "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -147,3 +148,28 @@ def test_an_output_record_stays_a_record():
     out = module(torch.ones(1, 2, dtype=torch.bfloat16))
     assert isinstance(out, BaseModelOutput)
     assert out.last_hidden_state.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_torch_compile_that_cannot_work_is_told_before_a_weight_is_read(
+    command, recipe, lora, model_folder, monkeypatch
+):
+    monkeypatch.setattr(building, "load_model", lambda *args, **more: pytest.fail("weights were read"))
+    monkeypatch.setattr(trainable, "why_not_compiled", lambda device: None)
+    gpt2 = {"path": str(model_folder("gpt2")), "dtype": "float32", "quantization": "nf4"}
+    refused = lora(command, recipe(model=gpt2, **{"training.torch_compile": True}))
+    assert refused.code == 2
+    assert "training.torch_compile cannot be used: this model has no fused forms" in refused.err
+    assert "whole layers that unpack their weights cannot be compiled" in refused.err
+    dense = recipe(**{"training.torch_compile": True})
+    monkeypatch.setattr(trainable, "why_not_compiled", lambda device: "g++ is not there")
+    refused = lora(command, dense)
+    assert refused.code == 2
+    assert "training.torch_compile cannot work here: g++ is not there" in refused.err
+
+
+def test_torch_compile_is_not_refused_by_looks_where_it_works(recipe, lora, model_folder, monkeypatch):
+    monkeypatch.setattr(trainable, "why_not_compiled", lambda device: None)
+    for kind, packed in [("gpt2", "none"), ("llama", "nf4")]:
+        model = {"path": str(model_folder(kind)), "dtype": "float32", "quantization": packed}
+        assert lora("check", recipe(model=model, **{"training.torch_compile": True})).code == 0

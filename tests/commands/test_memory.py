@@ -13,6 +13,7 @@ from lora_cli.commands import trainable
 from lora_cli.commands.memory import BY_SIZES, MemoryPlan, MemoryPlanner, memory_note
 from lora_cli.commands.plan import make_plan
 from lora_cli.data.batches import collate
+from lora_cli.distributed import World
 from lora_cli.ops import attention
 from lora_cli.ops.sight import Sight
 from lora_cli.ops.tiles import Tiling, tiling_of
@@ -240,3 +241,35 @@ def test_a_model_that_asks_for_values_is_guessed_and_says_so(recipe, lora):
     counted = planner(path)
     rows = counted.plan.steps.largest_micro_batch(counted.plan.dataset.train, 4, counted.network.layout)
     assert 1 <= counted._guess(rows, False).kept / counted.memory().activations < 2, "as if nothing were fused"
+
+
+def test_states_kept_in_memory_are_planned_and_those_on_disk_are_not(recipe):
+    changes = ["lora.layers_to_transform=[1]", "training.cache_frozen_layers=none"]
+    found = {}
+    for where in ("none", "memory", "disk"):
+        changes[1] = f"training.cache_frozen_layers={where}"
+        found[where] = planner(recipe(), *changes)
+    dataset = found["none"].plan.dataset
+    unlike = {row.input_ids.tobytes(): len(row.input_ids) for row in [*dataset.train, *dataset.eval]}
+    tokens = sum(unlike.values())
+    plans = {where: each.memory() for where, each in found.items()}
+    assert plans["memory"].cached == tokens * HIDDEN * 4
+    assert plans["none"].cached == plans["disk"].cached == 0
+    assert plans["memory"].resident - plans["memory"].process == (
+        plans["none"].resident - plans["none"].process + plans["memory"].cached
+    )
+
+
+def test_with_fsdp_a_process_holds_its_part_of_the_layers_and_two_of_them_whole(recipe):
+    def plan_for(processes: int, strategy: str) -> MemoryPlan:
+        loaded = load_recipe(recipe(), [f"training.strategy={strategy}"])
+        return MemoryPlanner(make_plan(loaded, world=World(size=processes, local_size=processes))).memory()
+
+    alone, pieces = plan_for(4, "ddp"), plan_for(4, "fsdp")
+    layer = 4 * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN)
+    assert alone.weights - pieces.weights == LAYERS * layer * 3 // 4
+    assert (alone.gathered, pieces.gathered) == (0, 2 * layer)
+    whole, cut = (plan.training - plan.heap - plan.process for plan in (alone, pieces))
+    assert cut == whole - LAYERS * layer * 3 // 4 + 2 * layer
+    assert pieces.loading - pieces.process == alone.loading - alone.process, "each process maps all of the base's files"
+    assert plan_for(1, "fsdp").weights == alone.weights, "a single process shards nothing"

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, BertModel, GPT2Model
 from lora_cli.adapters import merging
 from lora_cli.adapters.files import read_adapter
 from lora_cli.commands import merge as command
+from lora_cli.commands import trainable
 from lora_cli.commands.provenance import Provenance
 from lora_cli.models import read_config
 from tests.conftest import AUTO, CHATML, labelled_rows, sentence, tiny_config, tiny_model, write_jsonl
@@ -329,6 +330,17 @@ def test_rows_of_ones_own(tmp_path, adapter, merged):
 
 def test_a_run_is_compared_on_its_own_held_out_rows(tmp_path, recipe, lora, merged):
     assert lora("train", recipe(**{"dataset.eval_size": 6, "training.max_steps": 2})).code == 0
+    assert merged(tmp_path / "run" / "adapter")["rows"] == "held-out rows"
+
+
+def test_rows_are_found_again_where_the_run_could_not_be_trained(tmp_path, recipe, lora, merged, monkeypatch):
+    """Another machine, without a compiler, a GPU or bitsandbytes' device: its rows are still the run's."""
+    assert lora("train", recipe(**{"dataset.eval_size": 6, "training.max_steps": 2})).code == 0
+    resolved = tmp_path / "run" / "resolved.yaml"
+    text = resolved.read_text().replace("torch_compile: false", "torch_compile: true")
+    text = text.replace("gradient_checkpointing: false", "gradient_checkpointing: offload")
+    resolved.write_text(text.replace("use_liger_kernel: false", "use_liger_kernel: true"))
+    monkeypatch.setattr(trainable, "why_not_compiled", lambda device: pytest.fail("nothing is compiled to read rows"))
     assert merged(tmp_path / "run" / "adapter")["rows"] == "held-out rows"
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.commands import train as train_command
-from lora_cli.commands.identity import FREE_KEYS, fixed_keys
+from lora_cli.commands.identity import FREE_KEYS, check_same_run, fixed_keys
 from lora_cli.commands.train import Outcome, train
 from lora_cli.errors import FolderInUseError, RecipeError, Stopped, StorageError
 from lora_cli.recipe import Recipe, load_recipe
@@ -264,6 +265,20 @@ def test_changed_keys_are_refused_each_by_its_name_and_place(recipe, lora):
     assert f"--> {changed}:{line}:3" in result.err
     assert "put it back to go on, type --fresh to start over, or choose another output_dir" in result.err
     assert {name: (folder / name).read_text() for name in kept} == kept, "a refused run leaves no trace"
+
+
+def test_a_key_that_there_was_not_yet_had_its_default(recipe):
+    """A run that an earlier version began goes on; a key that is set meanwhile is told as any other."""
+    now = fixed_keys(load_recipe(recipe()).recipe)
+    key = "training.use_liger_kernel"
+    then = {name: value for name, value in now.items() if name != key}
+    check_same_run(then, now)
+    with pytest.raises(RecipeError, match=re.escape(f"{key}: was false when this run began, and is true")):
+        check_same_run(then, now | {key: True})
+    with pytest.raises(
+        RecipeError, match=re.escape("lora.loftq_config.loftq_bits: was 4 when this run began, and is 2")
+    ):
+        check_same_run({}, {"lora.loftq_config.loftq_bits": 2})
 
 
 def test_a_changed_switch_is_told_in_yamls_words(recipe, lora):

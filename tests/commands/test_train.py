@@ -22,15 +22,19 @@ from lora_cli.adapters.injection import base_name
 from lora_cli.adapters.layer import LoRALinear
 from lora_cli.commands import plan as plan_module
 from lora_cli.commands import train as train_command
+from lora_cli.commands import trainable
 from lora_cli.commands.train import Outcome, train
 from lora_cli.fusion import forms, proof
 from lora_cli.fusion.frozen import FrozenLayers
-from lora_cli.ops import kernels
+from lora_cli.ops import kernels as kernels_module
+from lora_cli.ops import liger
+from lora_cli.ops.kernels import Kernels
 from lora_cli.recipe import TrainingSection, load_recipe
 from lora_cli.report.training import Silence
 from lora_cli.training import run as run_module
 from lora_cli.training.schedule import lr_multiplier
 from tests.conftest import labelled_rows, write_jsonl
+from tests.ops.formulas import FORMULAS
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Seen(Silence):
     eval_batches: list[int] = field(default_factory=list)
     forwards: int = 0  # of gated MLPs, with gradients
     groups: list[int] = field(default_factory=list)  # rows whose frozen layers were run
-    compiled: list[bool] = field(default_factory=list)  # whether each was to be compiled
+    kernels: list[Kernels] = field(default_factory=list)  # of each
     asked_for_cpu: list[bool] = field(default_factory=list)
     outcome: Outcome = None  # type: ignore[assignment]
 
@@ -81,10 +85,10 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
         gated, choose_device = forms.gated_low_rank, plan_module.choose_device
         compute = FrozenLayers._compute
 
-        def forward(*inputs: Any, compile: bool) -> Tensor:
+        def forward(*inputs: Any, kernels: Kernels) -> Tensor:
             if torch.is_grad_enabled():  # neither proof nor evaluation
                 seen.forwards += 1
-                seen.compiled.append(compile)
+                seen.kernels.append(kernels)
             return gated(*inputs)
 
         def computing(frozen: FrozenLayers, group: list[Any], *arguments: Any) -> None:
@@ -99,7 +103,9 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
             patch.setattr(forms, "gated_low_rank", forward)
             patch.setattr(FrozenLayers, "_compute", computing)
             patch.setattr(proof, "why_not_compiled", lambda device: None)
-            patch.setattr(kernels, "_compiled", lambda formula: formula)
+            patch.setattr(kernels_module, "_compiled", lambda formula: formula)
+            patch.setattr(trainable, "why_not_here", lambda device: None)
+            patch.setattr(liger, "KERNELS", FORMULAS)
             patch.setattr(plan_module, "choose_device", choose)
             if script:
                 left = iter(script)
@@ -215,8 +221,15 @@ def cache_frozen_layers(before: Seen, after: Seen) -> None:
 
 
 def torch_compile(before: Seen, after: Seen) -> None:
-    assert set(before.compiled) == {False}
-    assert set(after.compiled) == {True}
+    assert set(before.kernels) == {Kernels.PLAIN}
+    assert set(after.kernels) == {Kernels.COMPILED}
+
+
+def use_liger_kernel(before: Seen, after: Seen) -> None:
+    """Here its kernels are our own formulas; that its own give the same is shown in ``test_liger.py``."""
+    assert set(before.kernels) == {Kernels.PLAIN}
+    assert set(after.kernels) == {Kernels.LIGER}
+    assert after.column("loss") == pytest.approx(before.column("loss"), rel=1e-6)
 
 
 def use_cpu(before: Seen, after: Seen) -> None:
@@ -312,6 +325,7 @@ TRIALS: dict[str, list[Trial]] = {
         for where in ("memory", "disk")
     ],
     "torch_compile": [Trial(True, torch_compile)],
+    "use_liger_kernel": [Trial(True, use_liger_kernel)],
     "strategy": [Trial("fsdp", strategy)],
     "use_cpu": [Trial(False, use_cpu)],
     "seed": [Trial(43, seed)],

@@ -13,11 +13,14 @@ from lora_cli.adapters.quantized import quantized
 from lora_cli.data.batches import PADDED
 from lora_cli.errors import UsageError
 from lora_cli.fusion import attention, forms, proof
+from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_compiled_network, build_network
 from lora_cli.fusion.recompute import checkpoint_activations
-from lora_cli.ops import kernels
+from lora_cli.ops import kernels, liger
+from lora_cli.ops.kernels import Kernels
 from tests.conftest import tiny_model
 from tests.fusion.test_networks import CAUSAL, CLASSIFIERS, adapted, loss_and_gradients, rows_of, worst
+from tests.ops.formulas import FORMULAS
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, reason: str | None = None) -> tuple[list[str], list[nn.Module]]:
@@ -38,6 +41,16 @@ def test_fused_forms_compile_their_element_wise_work_and_nothing_else(monkeypatc
     norms, gated = {"_rms_norm_forward", "_rms_norm_backward"}, {"_inner", "_inner_backward"}
     assert set(formulas) == norms | gated | {"_rotated_by_halves", "_losses_and_gradient"}
     assert layers == []
+
+
+def served(network: Network) -> dict[str, set[str]]:
+    """The kernels of each kind of form."""
+    found: dict[str, set[str]] = {}
+    for module in network.model.modules():
+        form = vars(module).get("forward")
+        if form is not None and any(isinstance(argument, Kernels) for argument in form.args):
+            found.setdefault(forms.name_of(form), set()).add(str(forms.kernels_of(form)))
+    return found
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, formula_name: str, result: object) -> None:
@@ -81,8 +94,10 @@ def test_kernels_that_fail_forward_cost_no_fused_form(monkeypatch):
     plain = build_network(build(), "causal_lm")
     failing(monkeypatch, "_inner", RuntimeError("no such instruction"))
     network = build_compiled_network(build(), "causal_lm")
-    assert network.notes == ("element-wise work is not compiled: compiled forms fail or give something else",)
+    (note,) = network.notes
+    assert note == "element-wise work is not compiled in some forms: compiled they fail or give something else"
     assert network.forms == plain.forms
+    assert served(network) == {"norm": {"compiled"}, "attention": {"compiled"}, "gated": {"plain"}}
 
 
 @pytest.mark.parametrize(
@@ -96,13 +111,60 @@ def test_a_kernel_of_the_loss_is_used_only_where_it_gives_the_loss(result, notes
     build = lambda: adapted("llama", "causal_lm", CAUSAL["llama"][0])  # noqa: E731
     plain = build_network(build(), "causal_lm")
     pretend(monkeypatch)
-    assert build_compiled_network(build(), "causal_lm").head.compile
+    assert build_compiled_network(build(), "causal_lm").head.kernels is Kernels.COMPILED
     failing(monkeypatch, "_losses_and_gradient", result)
     network = build_compiled_network(build(), "causal_lm")
     assert network.notes == notes
-    assert not network.head.compile
+    assert network.head.kernels is Kernels.PLAIN
     ours, other = (loss_and_gradients(n, "causal_lm", rows_of("causal_lm")) for n in (network, plain))
     assert worst(ours, other) < 1e-6
+
+
+def liger_with(monkeypatch: pytest.MonkeyPatch, **others: object) -> Network:
+    """A llama by Liger's kernels, which are our formulas but for ``others``."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(liger, "KERNELS", FORMULAS | others)
+    return build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm", kernels=Kernels.LIGER)
+
+
+def raising(*inputs: object) -> object:
+    raise NotImplementedError("there is none")
+
+
+def test_liger_s_kernels_serve_every_form_that_they_are_right_for_and_the_loss(monkeypatch):
+    network = liger_with(monkeypatch)
+    assert network.notes == ()
+    assert served(network) == {form: {"liger"} for form in ("norm", "attention", "gated")}
+    assert network.head.kernels is Kernels.LIGER
+    ours = loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+    plain = build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
+    assert worst(ours, loss_and_gradients(plain, "causal_lm", rows_of("causal_lm"))) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [raising, lambda *inputs: -3 * FORMULAS["_inner"](*inputs)])
+def test_what_liger_has_no_right_kernel_for_is_compiled(wrong, monkeypatch):
+    network = liger_with(monkeypatch, _inner=wrong, _losses_and_gradient=raising)
+    assert served(network) == {"norm": {"liger"}, "attention": {"liger"}, "gated": {"compiled"}}
+    assert network.head.kernels is Kernels.COMPILED
+    assert network.notes == (
+        "Liger's kernels do not serve gated: they fail, give something else, or there are none",
+        "the loss is not Liger's: there is none",
+    )
+
+
+def test_liger_s_kernels_that_fail_backward_are_not_used(monkeypatch):
+    network = liger_with(monkeypatch, _rms_norm_backward=raising)
+    assert network.notes == ("Liger's kernels are not used: the backward pass fails: there is none",)
+    assert served(network) == {form: {"compiled"} for form in ("norm", "attention", "gated")}
+    loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
+
+
+def test_a_model_without_forms_is_told_that_liger_serves_none(monkeypatch):
+    pretend(monkeypatch)
+    monkeypatch.setattr(liger, "KERNELS", FORMULAS)
+    network = build_network(adapted("gpt2", "causal_lm", CAUSAL["gpt2"][0]), "causal_lm", kernels=Kernels.LIGER)
+    assert network.notes == ("Liger's kernels serve none of this model's layers",)
+    assert network.head.kernels is Kernels.LIGER, "its loss they do"
 
 
 def test_attention_that_fails_backward_is_found_before_the_first_step_and_rows_are_padded(monkeypatch):
@@ -126,7 +188,7 @@ def test_attention_that_fails_backward_is_found_before_the_first_step_and_rows_a
     assert network.layout == PADDED
     assert set(network.forms) == {"norm", "gated"}
     assert "_inner" in formulas, "what is not to blame is still compiled"
-    assert network.head.compile
+    assert network.head.kernels is Kernels.COMPILED
     loss_and_gradients(network, "causal_lm", rows_of("causal_lm"))
     untried = build_network(adapted("llama", "causal_lm", CAUSAL["llama"][0]), "causal_lm")
     with pytest.raises(RuntimeError, match="no kernel image"):  # without a trial the first step would meet it
@@ -145,7 +207,7 @@ def test_the_trial_of_the_backward_pass_refuses_nothing_that_is_right(kind, task
     changes = (CAUSAL if task == "causal_lm" else CLASSIFIERS)[kind][0]
     plain = build_network(adapted(kind, task, changes), task)
     assert not tried, "nothing is tried that torch's own operations do"
-    network = build_network(adapted(kind, task, changes), task, compile=True)
+    network = build_network(adapted(kind, task, changes), task, kernels=Kernels.COMPILED)
     *each, together = tried[:4]
     alone = torch.cat(each)
     assert float((together - alone).norm() / alone.norm()) < 1e-4
@@ -158,7 +220,7 @@ def test_a_model_whose_embeddings_are_no_beginning_is_not_tried_and_runs(monkeyp
     model = adapted("llama", "causal_lm", CAUSAL["llama"][0])
     with monkeypatch.context() as patch:
         patch.setattr(proof, "embedding_gradient", refuse)
-        network = build_network(model, "causal_lm", compile=True)
+        network = build_network(model, "causal_lm", kernels=Kernels.COMPILED)
     (note,) = network.notes
     assert note == "the backward pass is not tried ahead of the first step: a leaf is written into"
     assert network.end_to_end
@@ -241,7 +303,7 @@ def test_without_a_compiler_it_is_refused_by_name_and_cuda_s_own_wish_is_only_no
     model = adapted("llama", "causal_lm", CAUSAL["llama"][0])
     with pytest.raises(UsageError, match="torch_compile cannot work here: no C\\+\\+ compiler"):
         build_compiled_network(model, "causal_lm")
-    network = build_network(model, "causal_lm", compile=True)
+    network = build_network(model, "causal_lm", kernels=Kernels.COMPILED)
     assert network.notes == ("element-wise work is not compiled: no C++ compiler",)
     assert network.forms
 
@@ -251,7 +313,7 @@ def test_the_reason_is_the_error_s_first_line(monkeypatch):
         raise RuntimeError("\n  g++ is not there\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert kernels.why_not_compiled(torch.device("cpu")) == "g++ is not there"
+    assert kernels.why_not_compiled.__wrapped__(torch.device("cpu")) == "g++ is not there"
 
 
 def test_a_model_that_was_only_looked_at_is_as_it_was():

@@ -8,7 +8,8 @@ import pytest
 
 from lora_cli.errors import RecipeError
 from lora_cli.recipe import load_recipe
-from lora_cli.recipe.rules import EVALUATION_METRICS, RULES, has_evaluation
+from lora_cli.recipe.rules import RULES
+from lora_cli.recipe.rules.facts import EVALUATION_METRICS
 
 START = "model: m\ndataset: d.jsonl\noutput_dir: o\n"
 CLASSIFY = "task=sequence_classification"
@@ -379,20 +380,6 @@ def test_a_key_with_its_default_breaks_no_rule(start: Path):
     """resolved.yaml writes every key, and must be a recipe again."""
     load_recipe(start, ["method=full", "lora={r: 16, lora_alpha: 32, use_rslora: false}", f"{METRIC}=eval_loss"])
     load_recipe(start, [CLASSIFY, "dataset={path: d, system_prompt: null, train_on_prompt: false}"])
-
-
-@pytest.mark.parametrize(
-    ("argument", "has"),
-    [
-        ("dataset.eval_size=0", False),
-        ("dataset.eval_size=0.0", False),
-        ("dataset.eval_size=1", True),
-        ("dataset.eval_path=x", True),
-        ("dataset.eval_split=test", True),
-    ],
-)
-def test_has_evaluation(argument: str, has: bool, start: Path):
-    assert has_evaluation(load_recipe(start, [argument]).recipe) is has
 
 
 @pytest.mark.parametrize("task", EVALUATION_METRICS)

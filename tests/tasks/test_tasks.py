@@ -9,7 +9,7 @@ import torch
 
 from lora_cli.data.formats import FORMATS_OF_TASK
 from lora_cli.models import AUTO_CLASSES
-from lora_cli.recipe.rules import EVALUATION_METRICS
+from lora_cli.recipe.rules.facts import EVALUATION_METRICS
 from lora_cli.recipe.schema import Task
 from lora_cli.tasks import TASKS
 

@@ -66,11 +66,12 @@ CONTENDERS = {
 # One idea of ours switched off at a time: what each one pays.
 ABLATIONS = {
     "lora, element-wise work compiled": Contender("ours.train_compiled"),
+    "lora, Liger's kernels": Contender("ours.train_with_liger", ("liger_kernel",), needs_cuda=True),
     "lora, rows padded": Contender("ours.train_padded"),
     "lora, last layer on every token": Contender("ours.train_whole"),
     "lora, all logits at once": Contender("ours.train_all_logits", tasks=("causal_lm",)),
     "lora, no fused forms": Contender("ours.train_unfused"),
-    "lora, every A a product of its own": Contender("ours.train_apart"),
+    "lora, q, k, v and gate, up apart": Contender("ours.train_apart", tasks=("causal_lm",)),
     "lora, AdamW tensor by tensor": Contender("ours.train_loose"),
     "lora, backward pass through frozen layers": Contender("ours.train_through", needs_top=True),
     "lora, frozen layers cached in memory": Contender("ours.train_cached", needs_top=True),

@@ -29,6 +29,7 @@ from lora_cli.fusion.proof import build_network
 from lora_cli.fusion.skipping import skipping
 from lora_cli.fusion.states import MemoryStates
 from lora_cli.models import head_modules
+from lora_cli.ops.kernels import Kernels
 from lora_cli.ops.low_rank import Projection, low_rank_linear
 from lora_cli.ops.products import choose_products
 from lora_cli.recipe import LoraSection, TrainingSection
@@ -78,7 +79,11 @@ def train_plain(job: Job) -> None:
 
 
 def train_compiled(job: Job) -> None:
-    train(job, compile=True)
+    train(job, kernels=Kernels.COMPILED)
+
+
+def train_with_liger(job: Job) -> None:
+    train(job, kernels=Kernels.LIGER)
 
 
 def train_padded(job: Job) -> None:
@@ -118,7 +123,7 @@ def train_as_torch_multiplies(job: Job) -> None:
 
 
 def train_apart(job: Job) -> None:
-    """Queries, keys and values, gate and up: each an autograd node of its own."""
+    """Queries, keys and values, gate and up: each A a product, and each projection a node, of its own."""
 
     def one_by_one(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
         return tuple(output for one in projections for output in low_rank_linear(x, [one]))
