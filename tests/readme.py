@@ -44,11 +44,21 @@ def tree() -> str:
         path = ROOT / "lora_cli" / name
         if path.is_dir():
             lines.append(f"{name + '/':<24}{first_line(path / '__init__.py')}")
-            inner = [file for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
-            lines += [f"  {file.name:<22}{first_line(file)}" for file in inner]
+            lines += inside(path, 1)
         else:
             lines.append(f"{name:<24}{first_line(path)}")
     return "```\n" + "\n".join(lines) + "\n```"
+
+
+def inside(folder: Path, depth: int) -> list[str]:
+    """A line for each file, and for each folder with its files below it."""
+    lines, indent = [], "  " * depth
+    for path in sorted(folder.iterdir()):
+        if (path / "__init__.py").is_file():
+            lines += [f"{indent + path.name + '/':<24}{first_line(path / '__init__.py')}", *inside(path, depth + 1)]
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            lines.append(f"{indent + path.name:<24}{first_line(path)}")
+    return lines
 
 
 def first_line(path: Path) -> str:

@@ -17,6 +17,7 @@ import torch
 from lora_cli.errors import UsageError
 from lora_cli.launch import VARIABLES, check_devices, check_launch, environment, exit_code, launched
 from tests.processes import finish, printed, start
+from tests.terminal import Terminal
 
 HERE_ONLY = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
@@ -131,6 +132,17 @@ def test_a_signal_to_the_launcher_stops_the_run_with_its_state_saved(started, se
     assert f"stopped by {stopped_by} after step" in printed(tmp_path)
     (step,) = saved_steps(tmp_path)
     assert 0 < step < 4000
+
+
+def test_a_terminal_that_is_closed_stops_the_run_with_its_state_saved(recipe, tmp_path):
+    """Its processes hear SIGHUP, and can write to it no more."""
+    path = recipe(**{"training.max_steps": 4000, "training.save_steps": 4000, "training.logging_steps": 20})
+    terminal = Terminal("train", path, "--nproc-per-node", 2, folder=tmp_path, variables=HERE_ONLY)
+    terminal.read_until(r"[1-9]\d+/4000")
+    terminal.close()
+    assert terminal.finish() == 128 + signal.SIGTERM
+    (step,) = saved_steps(tmp_path)
+    assert 10 <= step < 4000
 
 
 def test_processes_whose_launcher_is_killed_save_and_leave(started, tmp_path):

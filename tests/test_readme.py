@@ -20,6 +20,10 @@ def test_key_table_and_tree_are_current():
 def test_tree_shows_every_file():
     files = {path.name for path in (ROOT / "lora_cli").iterdir() if path.name not in ("__init__.py", "__pycache__")}
     assert files == set(ORDER)
+    shown = TEXT.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
+    for path in (ROOT / "lora_cli").rglob("*.py"):
+        name = f"{path.parent.name}/" if path.name == "__init__.py" else path.name
+        assert re.search(rf"^ *{re.escape(name)}(\s|$)", shown, flags=re.MULTILINE), path
 
 
 def test_every_package_has_an_init_file_so_that_it_is_installed():

@@ -54,7 +54,7 @@ class MemoryPlan:
     """Bytes. ``total`` is the expected peak of `lora train`: of the process, or of the GPU."""
 
     process: int  # interpreter, libraries, tokenizer and rows; 0 on a GPU
-    weights: int  # those that stay frozen; with fsdp this process's part of them
+    weights: int  # those that stay frozen; with fsdp this process's part of them, on the CPU beside the mapped files
     adapters: int  # all that is trained, in float32
     gradients: int
     optimizer: int  # two moments
@@ -113,6 +113,7 @@ class MemoryPlanner:
         folder = plan.model.folder.path if plan.model.folder else None
         self.quantized = quantize_base(self.model, recipe, folder)
         stored = getattr(plan.model.config, "dtype", None) or torch.float32
+        self.stays_mapped = stored == plan.dtype  # else what is read from the files is a copy
         if self.quantized and recipe.model.quantization == "none" and stored != plan.dtype:
             self.read += self.read * stored.itemsize // plan.dtype.itemsize  # a backbone is unpacked as it is stored
         prepare(self.model, recipe, plan.model.new_ids)
@@ -127,7 +128,7 @@ class MemoryPlanner:
             self.rehearsed, self.network = False, Network(self.model)
         self.limit = available_bytes(plan.device)
         if self.limit is not None and plan.device.type != "cuda":
-            self.limit = (self.limit + running * self.process) // sharing
+            self.limit = (self.limit + running * self.process + (sharing - 1) * self._mapped()) // sharing
 
     def memory(self, steps: StepPlan | None = None) -> MemoryPlan:
         """What the run takes with its steps cut like this."""
@@ -143,7 +144,9 @@ class MemoryPlanner:
         leftover = largest + WAKING_BYTES if on_cpu else 0
         peak = max(step.peak, step.kept + (logits if self.network.head is not None else 0))
         kept = frozen - in_pieces + -(-in_pieces // steps.num_processes)
-        whole = frozen if on_cpu else kept  # the host maps all of the base's files
+        if on_cpu and self.stays_mapped:  # pages that the processes of a machine share, and each one's account holds
+            kept += in_pieces
+        whole = frozen if on_cpu else kept  # the host reads all of the base's files
         cached = self.plan.cache.bytes_in_memory if on_cpu and self.plan.cache is not None else 0
         resident = self.process + kept + 4 * trained + cached
         return MemoryPlan(
@@ -216,6 +219,12 @@ class MemoryPlanner:
             return guessed.peak - guessed.kept
         outline = outline_batch(rows, self.network.layout, self.plan.device)
         return rehearse_evaluation(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+
+    def _mapped(self) -> int:
+        """Bytes of weights whose pages are the files' own: the processes of a machine have them once together."""
+        if self.plan.device.type != "cpu" or not self.stays_mapped or self.quantized:
+            return 0
+        return sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
 
     def _in_pieces(self) -> tuple[int, int]:
         """Bytes of the frozen weights that the processes hold in pieces, and of those that are whole at one time."""

@@ -188,7 +188,7 @@ def abandon(proven: dict[nn.Module, Forward]) -> None:
 def _agrees(form: Forward, args: Any, kwargs: Any, output: Any) -> bool:
     try:
         other = form(*args, **kwargs)
-    except (TypeError, KeyError, RuntimeError, AssertionError, IndexError):  # it takes or gives something else
+    except Exception:  # it takes or gives something else, or what makes its kernels raises one of its own
         return False
     if isinstance(output, tuple):
         if len(output) != 2 or not isinstance(output[0], Tensor):

@@ -58,7 +58,7 @@ def _with_kernels(
         if reason is None:
             return chosen, notes
         notes.append(f"{NOT_THESE[kernels]}: {reason}")
-    return head, notes
+    raise AssertionError("the last choice is the plain formula")
 
 
 def _why_not(head: Head, plain: Head, logits_MV: Tensor, targets_M: Tensor) -> str | None:

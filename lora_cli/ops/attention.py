@@ -122,9 +122,10 @@ def _row_by_row(
 
 def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, offset: int, sight: Sight, dropout: float) -> Tensor:
     queries, keys = slice(offset, offset + q_HTD.shape[1]), slice(0, k_KTD.shape[1])
-    group = q_HTD.shape[0] // k_KTD.shape[0]  # of torch's kernels, only flash attention lets heads share keys
-    k_HTD, v_HTD = (t.repeat_interleave(group, 0) if group > 1 else t for t in (k_KTD, v_KTD))
     plain = sight.window is None and queries.start == 0  # torch masks by itself then
+    shares = plain and q_HTD.dtype.itemsize == 2  # of torch's kernels, only flash attention lets heads share keys
+    group = 1 if shares else q_HTD.shape[0] // k_KTD.shape[0]
+    k_HTD, v_HTD = (t.repeat_interleave(group, 0) if group > 1 else t for t in (k_KTD, v_KTD))
     hidden = None if plain else sight.hidden(queries, keys, q_HTD.device)
     return F.scaled_dot_product_attention(
         q_HTD[None],
@@ -134,4 +135,5 @@ def _one_row(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, offset: int, sight: Si
         is_causal=sight.causal and plain,
         scale=sight.scaling,
         dropout_p=dropout,
+        enable_gqa=shares,
     )[0]

@@ -25,6 +25,7 @@ from lora_cli.ops.sending import send
 from lora_cli.ops.sight import Sight
 
 BLOCK = 128  # queries, and keys, that are computed or skipped together
+ONE_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}  # for lines of any length: what the trial has tried
 EVERYTHING = 2**30  # a window that is wider than any row
 TRIAL_LENGTHS = [5, 850]  # some blocks, and not a whole number of them
 TOLERANCE = 0.05  # of two-byte types' roundings; a wrong kernel is off by more
@@ -43,7 +44,7 @@ def attend_flexibly(
     from torch.nn.attention.flex_attention import flex_attention
 
     query, key, value = (x.transpose(0, 1)[None] for x in (query_NHD, key_MKD, value_MKD))
-    options: dict[str, Any] = {"scale": sight.scaling, "enable_gqa": True}
+    options: dict[str, Any] = {"scale": sight.scaling, "enable_gqa": True, "kernel_options": ONE_KERNEL}
     if sight.softcap is not None:
         options["score_mod"] = _cap_at(sight.softcap, query_NHD.device)
     out_1HND = kernel(flex_attention, kernels)(query, key, value, block_mask=block_mask(rows, sight), **options)

@@ -11,6 +11,7 @@ dimensions.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SERIES = "0.8."  # the kernels themselves are no public interface: another series may want other arguments
+# The kernels themselves are no public interface: others may want other arguments.
+FIRST, BEFORE = (0, 8, 5), (0, 9)
+VERSIONS = ">=0.8.5,<0.9"
 ROUNDING = "gemma"  # all in float32, rounded once, as our formula; Llama's own code rounds before the weight
 INSTALL = "pip install 'lora-cli[liger]'"
 IGNORED = -100  # a target that none of ours is
@@ -32,11 +35,20 @@ def why_not_here(device: torch.device) -> tuple[str, str] | None:
         found = version("liger-kernel")
     except PackageNotFoundError:
         return "needs Liger's kernels, which are not installed", INSTALL
-    return None if found.startswith(SERIES) else (f"needs liger-kernel {SERIES}x, and {found} is installed", INSTALL)
+    right = FIRST <= tuple(int(number) for number in re.findall(r"\d+", found)[:3]) < BEFORE
+    return None if right else (f"needs liger-kernel {VERSIONS}, and {found} is installed", INSTALL)
 
 
 def _ops(name: str) -> Any:
     return importlib.import_module(f"liger_kernel.ops.{name}")
+
+
+def _warps_of_the_loss(size: int) -> int:
+    """As Liger chooses them, for numbers of so many bytes."""
+    if _ops("utils").is_hip():
+        return 16
+    arch: str = importlib.import_module("liger_kernel.utils").infer_device_arch()
+    return 8 if size == 2 and arch.startswith("blackwell") else 32
 
 
 def rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +126,7 @@ def losses_and_gradient(linear_CV: Tensor, targets_C: Tensor, scale: float, soft
         HAS_SOFTCAPPING=softcap is not None,
         HAS_GRADIENTS=True,
         BLOCK_SIZE=min(loss.MAX_FUSED_SIZE, 1 << (words - 1).bit_length()),
-        num_warps=32,
+        num_warps=_warps_of_the_loss(linear_CV.itemsize),
         **nothing,
         **strides,
         **of_means,

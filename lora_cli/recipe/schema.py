@@ -2,7 +2,7 @@
 
 Names are those of PEFT's LoraConfig and transformers' TrainingArguments. Unknown keys are refused, values
 are not coerced, and a recipe cannot be changed once it is read. What excludes what across keys stands in
-``rules.py``.
+``rules/``.
 """
 
 from __future__ import annotations

@@ -17,25 +17,31 @@ PIPE_WIDTH = 160  # a pipe has no width; wide enough that no row is broken
 
 
 class PatientFile(io.TextIOBase):
-    """Standard output. A terminal that was closed is a pipe that nobody reads any more."""
+    """Standard output as it is now: a moving bar puts something else in its place, which writes to the console again.
+
+    A terminal that was closed is a pipe that nobody reads any more.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return sys.stdout.encoding
+        return self._stream.encoding
 
     def write(self, text: str) -> int:
         with _closed_is_broken():
-            return sys.stdout.write(text)
+            return self._stream.write(text)
 
     def flush(self) -> None:
         with _closed_is_broken():
-            sys.stdout.flush()
+            self._stream.flush()
 
     def isatty(self) -> bool:
-        return sys.stdout.isatty()
+        return self._stream.isatty()
 
     def fileno(self) -> int:
-        return sys.stdout.fileno()
+        return self._stream.fileno()
 
 
 @contextmanager

@@ -104,10 +104,10 @@ def _left_out(train: Counts, held_out: Counts) -> str:
 
 def _step(plan: Plan) -> str:
     training, steps = plan.recipe.training, plan.steps
-    if is_auto(plan):
-        return f"{steps.rows_per_step} rows (micro-batch auto: as many of them as fit into memory)"
-    micro = steps.micro_batch_size
     processes = f" x {steps.num_processes} processes" if steps.num_processes > 1 else ""
+    if is_auto(plan):
+        return f"{steps.rows_per_step} rows (micro-batch auto: as many of them as fit into memory{processes})"
+    micro = steps.micro_batch_size
     if training.global_batch_size is not None:
         return f"{steps.rows_per_step} rows (global_batch_size; {micro} at most in a micro-batch{processes})"
     return f"{steps.rows_per_step} rows ({micro} in a micro-batch x {training.gradient_accumulation_steps}{processes})"
@@ -159,7 +159,7 @@ def _show_memory(console: Console, check: Check) -> None:
         kept += ", recomputed by layers"
     parts = [
         ("process", memory.process, "interpreter, libraries, rows"),
-        ("weights", memory.weights, "frozen; of the decoder layers a part" if plan.is_sharded else "frozen"),
+        ("weights", memory.weights, "frozen; of each layer a part" if plan.is_sharded else "frozen"),
         (trained, memory.adapters, "float32"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer", memory.optimizer, "two moments"),

@@ -50,7 +50,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"{known} (all but micro)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), metavar="A,B")
-    parser.add_argument("--ablation", action="store_true", help="also ours with one idea switched off at a time")
+    parser.add_argument("--ablation", action="store_true", help="also ours with one thing changed at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here, after every shape")
     parser.add_argument(
         "--table", type=Path, nargs="+", metavar="FILE", help="print such files as markdown, measure nothing"

@@ -4,8 +4,8 @@ Counted is, for each step of the measured passes, in the step's dtype and at its
 
 - per layer the forward product of every frozen matrix (Llama: q, k, v, o, gate, up, down; BERT: query, key, value and
   the three dense ones), x (N, I) times W^T;
-- the product for the gradient of its input, dy (N, O) times W; not for the first layer's queries, keys and values,
-  since nothing below them is trained;
+- the product for the gradient of its input, dy (N, O) times W; not for the queries, keys and values of the
+  lowest adapted layer and for nothing below, since nothing below them is trained;
 - the same two for the output head (a classifier: the pooler), and of the last layer for all but keys and values, at
   the M supervised positions only (a classifier: one a row).
 

@@ -85,6 +85,10 @@ def _ratio(ours: Values | None, theirs: Values) -> str:
     return Spread.of(ratios(*both)).text() + " x" if both else ""
 
 
+def _times(values: Values) -> str:
+    return Spread.of(values).text() + " x"
+
+
 def _same_rounds(these: Values | None, those: Values | None) -> tuple[Values, Values] | None:
     """Both, where both have a value of every round; a contender that failed in one has no ratio at all."""
     return (these, those) if these and those and len(these) == len(those) else None
@@ -107,16 +111,17 @@ def _limit_rows(limit: dict[str, Values] | str, columns: int) -> list[tuple[str,
 
 
 def ablation_table(name: str, section: dict[str, Any]) -> Table:
-    """What each idea pays: the ratio with over without it, round by round."""
-    columns = ("without it", "real tokens/s", "the idea pays", "peak GB")
-    made = Table(f"{name}: ours with one idea switched off", columns)
+    """What each idea pays that is left out, or would pay that is added."""
+    columns = ("the change", "real tokens/s", "lora is faster by", "peak GB")
+    made = Table(f"{name}: ours with one thing changed", columns)
     ours = _values(section["contenders"].get(OURS), "tokens_per_second")
     for variant, result in {OURS: section["contenders"].get(OURS), **section["ablations"]}.items():
         if not isinstance(result, dict):
             made.rows.append((variant, result or "not measured", "", ""))
             continue
         speed = result["tokens_per_second"]
-        paid = _ratio(ours, speed) if variant != OURS else ""
+        beside = _values(result, "times_ours")  # in one process, step by step
+        paid = "" if variant == OURS else _times(beside) if beside else _ratio(ours, speed)
         made.rows.append(
             (variant, Spread.of(speed).text(0), paid, Spread.of(scaled(result["peak_bytes"], 1e-9)).text())
         )

@@ -77,10 +77,14 @@ def test_the_plan_leaves_out_what_cannot_fit(recipe):
 def test_processes_of_a_machine_share_its_memory(recipe, monkeypatch):
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: 12 * 10**9)
     plan = make_plan(load_recipe(recipe(**AUTO)))
-    limits = [MemoryPlanner(plan, sharing=number, running=number) for number in (1, 4)]
-    assert [planner.limit - planner.process for planner in limits] == [12 * 10**9, 3 * 10**9]
+    alone, of_four = (MemoryPlanner(plan, sharing=number, running=number) for number in (1, 4))
+    base = sum(p.nbytes for p in of_four.model.parameters() if not p.requires_grad)  # its pages are the files' own
+    assert alone.limit - alone.process == 12 * 10**9
+    assert of_four.limit - of_four.process == (12 * 10**9 + 3 * base) // 4
     check = MemoryPlanner(plan, sharing=4)
-    assert check.limit == (12 * 10**9 + check.process) // 4, "the other three still have to begin"
+    assert check.limit == (12 * 10**9 + check.process + 3 * base) // 4, "the other three still have to begin"
+    copied = MemoryPlanner(make_plan(load_recipe(recipe(**AUTO), ["model.dtype=bfloat16"])), sharing=4, running=4)
+    assert copied.limit - copied.process == 3 * 10**9, "of another type than the files each has a copy"
 
 
 class Others:

@@ -260,16 +260,20 @@ def test_states_kept_in_memory_are_planned_and_those_on_disk_are_not(recipe):
     )
 
 
-def test_with_fsdp_a_process_holds_its_part_of_the_layers_and_two_of_them_whole(recipe):
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_with_fsdp_a_process_holds_its_part_of_the_layers_and_two_of_them_whole(dtype, size, recipe):
+    """On the CPU beside the files that are mapped, if they are of that type: float32."""
+
     def plan_for(processes: int, strategy: str) -> MemoryPlan:
-        loaded = load_recipe(recipe(), [f"training.strategy={strategy}"])
+        loaded = load_recipe(recipe(), [f"training.strategy={strategy}", f"model.dtype={dtype}"])
         return MemoryPlanner(make_plan(loaded, world=World(size=processes, local_size=processes))).memory()
 
     alone, pieces = plan_for(4, "ddp"), plan_for(4, "fsdp")
-    layer = 4 * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN)
-    assert alone.weights - pieces.weights == LAYERS * layer * 3 // 4
+    layer = size * (sum(i * o for i, o in SHAPES) + 2 * HIDDEN)
+    saved = LAYERS * layer * 3 // 4 - (LAYERS * layer if dtype == "float32" else 0)
+    assert alone.weights - pieces.weights == saved
     assert (alone.gathered, pieces.gathered) == (0, 2 * layer)
     whole, cut = (plan.training - plan.heap - plan.process for plan in (alone, pieces))
-    assert cut == whole - LAYERS * layer * 3 // 4 + 2 * layer
+    assert cut == whole - saved + 2 * layer
     assert pieces.loading - pieces.process == alone.loading - alone.process, "each process maps all of the base's files"
     assert plan_for(1, "fsdp").weights == alone.weights, "a single process shards nothing"

@@ -102,7 +102,8 @@ def see(recipe, tmp_path, monkeypatch) -> Callable[..., Seen]:
         with monkeypatch.context() as patch:
             patch.setattr(forms, "gated_low_rank", forward)
             patch.setattr(FrozenLayers, "_compute", computing)
-            patch.setattr(proof, "why_not_compiled", lambda device: None)
+            for place in (proof, trainable):
+                patch.setattr(place, "why_not_compiled", lambda device: None)
             patch.setattr(kernels_module, "_compiled", lambda formula: formula)
             patch.setattr(trainable, "why_not_here", lambda device: None)
             patch.setattr(liger, "KERNELS", FORMULAS)

@@ -17,6 +17,7 @@ from lora_cli.report.numbers import number
 from lora_cli.report.training import TrainingScreen, show_outcome
 from lora_cli.training import run as run_module
 from tests.conftest import labelled_rows, write_jsonl
+from tests.terminal import Terminal
 
 
 class Screen:
@@ -202,3 +203,16 @@ def test_text_of_the_user_is_never_taken_for_markup(show, tmp_path):
         folder = tmp_path / f"[bold]:smile:[red]{terminal}"
         screen, _ = show(terminal=terminal, output_dir=str(folder))
         assert "[bold]:smile:[red]" in screen.text.replace("\n", "")
+
+
+def test_a_whole_run_in_a_terminal_has_a_moving_bar_and_ends(recipe, tmp_path):
+    """The bar takes standard output's place while it moves: what is printed must reach the terminal all the same."""
+    path = recipe(**{"training.max_steps": 6, "dataset.eval_size": 4})
+    terminal = Terminal("train", path, folder=tmp_path)
+    terminal.read_until(None)
+    assert terminal.finish() == 0, terminal.shown[-2000:]
+    assert re.search(r"training .* 6/6 loss", terminal.shown)
+    assert "lora merge" in terminal.shown
+    assert "\x1b[?25l" in terminal.written, "the bar hides the cursor"
+    assert terminal.written.endswith("\n")
+    assert "\x1b[?25h" in terminal.written, "and shows it again"

@@ -63,19 +63,19 @@ CONTENDERS = {
     "trl": Contender("trl.train", ("peft", "trl"), tasks=("causal_lm",)),
     "unsloth": Contender("unsloth.train", ("unsloth", "trl"), needs_cuda=True, tasks=("causal_lm",)),
 }
-# One idea of ours switched off at a time: what each one pays.
+# One thing changed at a time: an idea of ours left out, or one added.
 ABLATIONS = {
-    "lora, element-wise work compiled": Contender("ours.train_compiled"),
-    "lora, Liger's kernels": Contender("ours.train_with_liger", ("liger_kernel",), needs_cuda=True),
-    "lora, rows padded": Contender("ours.train_padded"),
-    "lora, last layer on every token": Contender("ours.train_whole"),
-    "lora, all logits at once": Contender("ours.train_all_logits", tasks=("causal_lm",)),
-    "lora, no fused forms": Contender("ours.train_unfused"),
-    "lora, q, k, v and gate, up apart": Contender("ours.train_apart", tasks=("causal_lm",)),
-    "lora, AdamW tensor by tensor": Contender("ours.train_loose"),
-    "lora, backward pass through frozen layers": Contender("ours.train_through", needs_top=True),
-    "lora, frozen layers cached in memory": Contender("ours.train_cached", needs_top=True),
-    "lora, prefix in every row": Contender("ours.train_unshared", needs_prefix=True),
-    "lora, float32 multiplied as torch does": Contender("ours.train_as_torch_multiplies", needs_float32=True),
-    "lora, freed memory given back": Contender("ours.train_giving_back"),
+    "lora, element-wise work compiled": Contender("changes.compiled"),
+    "lora, Liger's kernels": Contender("changes.by_liger", ("liger_kernel",), needs_cuda=True),
+    "lora, rows padded": Contender("changes.padded"),
+    "lora, last layer on every token": Contender("changes.whole"),
+    "lora, all logits at once": Contender("changes.all_logits", tasks=("causal_lm",)),
+    "lora, no fused forms": Contender("changes.unfused"),
+    "lora, q, k, v and gate, up apart": Contender("changes.apart", tasks=("causal_lm",)),
+    "lora, AdamW tensor by tensor": Contender("changes.loose"),
+    "lora, backward pass through frozen layers": Contender("changes.through", needs_top=True),
+    "lora, frozen layers cached in memory": Contender("changes.cached", needs_top=True),
+    "lora, prefix in every row": Contender("changes.unshared", needs_prefix=True),
+    "lora, float32 multiplied as torch does": Contender("changes.by_torch", needs_float32=True),
+    "lora, freed memory given back": Contender("changes.giving_back"),
 }

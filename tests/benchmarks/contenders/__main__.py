@@ -20,7 +20,10 @@ def main(name: str, shape: str, base: str) -> None:
 
     job = Job(Path(base), SHAPES[shape])
     train(job)
-    print(json.dumps(job.figures()))  # noqa: T201
+    figures = job.figures()
+    if name in ABLATIONS and not train.alone:  # its memory is noted already
+        figures["times_ours"] = train.beside_ours(job)
+    print(json.dumps(figures))  # noqa: T201
 
 
 if __name__ == "__main__":
