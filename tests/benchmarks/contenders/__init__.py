@@ -65,6 +65,7 @@ CONTENDERS = {
 }
 # One thing changed at a time: an idea of ours left out, or one added.
 ABLATIONS = {
+    "lora, nothing changed": Contender("changes.nothing"),
     "lora, element-wise work compiled": Contender("changes.compiled"),
     "lora, Liger's kernels": Contender("changes.by_liger", ("liger_kernel",), needs_cuda=True),
     "lora, rows padded": Contender("changes.padded"),
