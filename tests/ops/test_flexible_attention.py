@@ -164,17 +164,17 @@ def test_on_cuda_soft_caps_and_short_windows_go_there_or_through_tiles_or_row_by
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # by torch's own compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own import
 def test_the_compiler_makes_of_them_what_they_say():
-    """In earnest, as far as a CPU has it: without gradients, and with as many keys as queries.
+    """In earnest, as far as torch's kernel for CPUs goes: no gradients, one batch, as many keys as queries.
 
-    A cap that is a number and no tensor fails there, with sizes of any kind.
+    A cap that is a number and no tensor fails there.
     """
-    for rows in (ROWS["whole rows"], Rows.of([200, 3])):
-        for sight in (Sight(0.3, softcap=5.0), Sight(0.3, window=140, softcap=5.0), Sight(0.3, False, 3)):
-            q, k, v, _ = draw(rows, torch.float32)
-            with torch.no_grad():
-                ours = attend_flexibly(q, k, v, rows, sight)
-                exact = attend_in_blocks(q.double(), k.double(), v.double(), rows, sight)
-            assert relative([ours], [exact]) < 1e-5
+    rows = ROWS["whole rows"]
+    q, k, v, _ = draw(rows, torch.float32)
+    for sight in (Sight(0.3, softcap=5.0), Sight(0.3, window=140, softcap=5.0), Sight(0.3, False, 3)):
+        with torch.no_grad():
+            ours = attend_flexibly(q, k, v, rows, sight)
+            exact = attend_in_blocks(q.double(), k.double(), v.double(), rows, sight)
+        assert relative([ours], [exact]) < 1e-5
 
 
 @pytest.mark.gpu
