@@ -56,71 +56,31 @@ CHATML = (
 WORDS = "the cat sees a dog and the dog sees a bird while one two three birds sing in a tree by the sea".split()  # noqa: SIM905
 VOCABULARY = 320
 
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
 TINY: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    },
-    "mixtral": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-    },
-    "gemma2": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    "llama": GROUPED | {"tie_word_embeddings": True},
+    "mixtral": GROUPED | {"intermediate_size": 24, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "gemma2": GROUPED
+    | {
         "head_dim": 16,
         "query_pre_attn_scalar": 16,
         "sliding_window": 24,
         "attn_logit_softcapping": 2.0,
         "max_position_embeddings": 256,
     },
-    "modernbert": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "global_attn_every_n_layers": 2,
-        "local_attention": 16,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-    },
+    "modernbert": SMALL
+    | {"hidden_size": 64, "global_attn_every_n_layers": 2, "local_attention": 16, "pad_token_id": 0},
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "bert": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-    },
-    "roberta": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 130,
-        "type_vocab_size": 1,
-        "pad_token_id": 0,
-    },
+    "bert": SMALL,
+    "roberta": SMALL | {"max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 0},
 }
 NO_DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},

@@ -31,15 +31,7 @@ TRIAL_LENGTHS = [5, 850]  # some blocks, and not a whole number of them
 TOLERANCE = 0.05  # of two-byte types' roundings; a wrong kernel is off by more
 
 
-def attend_flexibly(
-    query_NHD: Tensor,
-    key_MKD: Tensor,
-    value_MKD: Tensor,
-    rows: Rows,
-    sight: Sight,
-    *,
-    kernels: Kernels = Kernels.COMPILED,
-) -> Tensor:
+def attend_flexibly(query_NHD: Tensor, key_MKD: Tensor, value_MKD: Tensor, rows: Rows, sight: Sight) -> Tensor:
     """(N, H, D): as ``attend_in_blocks``, without dropout."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -47,7 +39,9 @@ def attend_flexibly(
     options: dict[str, Any] = {"scale": sight.scaling, "enable_gqa": True, "kernel_options": ONE_KERNEL}
     if sight.softcap is not None:
         options["score_mod"] = _cap_at(sight.softcap, query_NHD.device)
-    out_1HND = kernel(flex_attention, kernels)(query, key, value, block_mask=block_mask(rows, sight), **options)
+    out_1HND = kernel(flex_attention, Kernels.COMPILED)(
+        query, key, value, block_mask=block_mask(rows, sight), **options
+    )
     return out_1HND[0].transpose(0, 1)
 
 

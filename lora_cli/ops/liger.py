@@ -21,7 +21,7 @@ from torch import Tensor
 
 # The kernels themselves are no public interface: others may want other arguments.
 FIRST, BEFORE = (0, 8, 5), (0, 9)
-VERSIONS = ">=0.8.5,<0.9"
+VERSIONS = ">={},<{}".format(*(".".join(map(str, version)) for version in (FIRST, BEFORE)))
 ROUNDING = "gemma"  # all in float32, rounded once, as our formula; Llama's own code rounds before the weight
 INSTALL = "pip install 'lora-cli[liger]'"
 IGNORED = -100  # a target that none of ours is
