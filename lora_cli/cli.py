@@ -11,6 +11,7 @@ import typer
 
 import lora_cli
 from lora_cli.door import door, print_json, tell
+from lora_cli.launch import leaving
 
 app = typer.Typer(
     name="lora",
@@ -327,4 +328,5 @@ def schema(
 
 
 def main() -> None:
-    app()
+    with leaving():
+        app()

@@ -1,4 +1,4 @@
-"""Several processes for one run: whether torchrun started this one, and starting them without it.
+"""Several processes for one run: starting them without torchrun, whether it started this one, and how it ends.
 
 `lora train --nproc-per-node N` does on one machine what torchrun does: it hosts the store at which the
 processes meet, starts them with torchrun's own machinery, passes signals on and waits. Unlike torchrun it
@@ -7,11 +7,14 @@ ends with the exit code of the process that failed first, and says nothing.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_cli.errors import UsageError
 
@@ -42,6 +45,30 @@ def launched() -> bool:
             "start with torchrun, or use --nproc-per-node; for a single process unset them",
         )
     return True
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """A process of several ends where its command does, without waiting for Python to take itself apart.
+
+    A thread of gloo's that is late may hold the last reference to a tensor that Python made. It asks for Python to let
+    go of it, and up to Python 3.13 a thread that does so at the very end is thrown out of a destructor: SIGABRT, after
+    all was well. Modules that torch imports along the way keep the process group, and so its threads, until then.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if all(os.environ.get(name) for name in VARIABLES):
+            _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
 
 
 def check_count(processes: int) -> None:

@@ -185,3 +185,30 @@ def test_no_module_of_the_current_folder_takes_the_place_of_a_library(recipe, tm
     variables = {name: value for name, value in os.environ.items() if name not in VARIABLES} | HERE_ONLY
     run = subprocess.run([*command, "--nproc-per-node", "2"], cwd=tmp_path, env=variables, check=False)
     assert run.returncode == 0
+
+
+ENDS_BADLY = """
+import atexit, os, sys
+from lora_cli.cli import main
+
+class Late:
+    def __del__(self):
+        os.abort()
+
+late = Late()  # as a thread of gloo's would: it goes when Python takes itself apart
+atexit.register(lambda: print("the last word", end=""))
+sys.argv = ["lora", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [(["--version"], 0, "lora "), (["trian"], 2, "")])
+def test_a_process_of_several_does_not_wait_for_python_to_take_itself_apart(arguments, code, said):
+    """What it has said is said, and what it promised for its end is done. Alone it ends as any program does."""
+    command = [sys.executable, "-c", ENDS_BADLY, *arguments]
+    of_several = os.environ | dict.fromkeys(VARIABLES, "1")
+    run = subprocess.run(command, env=of_several, check=False, capture_output=True, text=True)
+    assert run.returncode == code
+    assert run.stdout.startswith(said)
+    assert run.stdout.endswith("the last word")
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGABRT
