@@ -24,7 +24,7 @@ from lora_cli.adapters.quantized import Quantization
 from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_rows, limit_of, logits_of
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
-from lora_cli.commands.plan import position_limit, read_dataset
+from lora_cli.commands.rows import position_limit, read_dataset
 from lora_cli.data.encoding import Example
 from lora_cli.data.rows import read_rows
 from lora_cli.device import memory_errors

@@ -14,7 +14,6 @@ from lora_cli.adapters.files import CONFIG
 from lora_cli.adapters.injection import base_name
 from lora_cli.commands.fitted import attach_fitted, fit_adapter
 from lora_cli.commands.labels import fixed_labels
-from lora_cli.commands.plan import located
 from lora_cli.commands.trainable import Counted, count, plan_model
 from lora_cli.data.dataset import labels_of, read_train
 from lora_cli.data.files import is_local
@@ -30,7 +29,7 @@ from lora_cli.models import (
     read_config,
     set_labels,
 )
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe import Recipe, load_recipe, located
 
 
 @dataclass(frozen=True)

@@ -5,38 +5,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from lora_cli.adapters.targets import linear_targets
 from lora_cli.commands.caching import CachePlan, cache_notes, plan_cache
+from lora_cli.commands.disk import backbone_bytes, disk_bytes
 from lora_cli.commands.labels import choose_labels
-from lora_cli.commands.trainable import Counted, ModelPlan, check_trainable, plan_model
+from lora_cli.commands.rows import check_ids, check_words, encode, num_embeddings, read_rows
+from lora_cli.commands.trainable import ModelPlan, check_trainable, plan_model
 from lora_cli.data.batches import StepPlan
-from lora_cli.data.dataset import Dataset, Reading, build_dataset, label_counts, read_eval, read_train
-from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
-from lora_cli.data.files import is_local
-from lora_cli.data.formats import Content
+from lora_cli.data.dataset import Dataset, label_counts
 from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
-from lora_cli.errors import Mistake, Problems, RecipeError, SeveralErrors, StorageError, UsageError
+from lora_cli.errors import Mistake, Problems, RecipeError, StorageError
 from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet, set_labels
 from lora_cli.ops.packing import library
-from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, TrainingSection
+from lora_cli.recipe import LoadedRecipe, Recipe, TrainingSection, located
 from lora_cli.recipe.rules.facts import is_quantized, was_changed
 from lora_cli.recipe.schema import AUTO_ROWS
 from lora_cli.storage import free_bytes
 from lora_cli.training.metrics import check_trackers
 from lora_cli.training.schedule import steps_in
-
-POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "positions_embed")
 
 
 @dataclass(frozen=True)
@@ -80,18 +71,6 @@ class Plan:
         return next((i for i in candidates if isinstance(i, int) and 0 <= i < embedded), 0)
 
 
-@contextmanager
-def located(loaded: LoadedRecipe) -> Iterator[None]:
-    """Give recipe mistakes that were found late the place where the key stands."""
-    try:
-        yield
-    except (RecipeError, SeveralErrors) as error:
-        for single in error.errors if isinstance(error, SeveralErrors) else [error]:
-            if isinstance(single, RecipeError):
-                single.source = single.source or loaded.source
-        raise
-
-
 def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World = ALONE) -> Plan:
     """Read configuration, tokenizer and rows; find targets; count. Raises what is wrong with any of them."""
     with located(loaded), quiet():
@@ -107,7 +86,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
             tokenizer = load_tokenizer(recipe.model, remote_code=remote_code)
             new_ids = add_tokens(tokenizer, recipe.dataset.new_tokens)
         with problems:
-            readings = _read_rows(recipe)
+            readings = read_rows(recipe)
         problems.stop_if_any()
         # 2. the labels that shape a classifier's head, its modules and parameters, the rows' tokens
         labels = choose_labels(recipe, config, readings[0])
@@ -117,11 +96,11 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
             model = plan_model(recipe, config, folder, new_ids, remote_code=remote_code)
             check_trainable(recipe, model)
         with problems:
-            dataset = _encode(recipe, tokenizer, labels, readings)
+            dataset = encode(recipe, tokenizer, labels, readings)
         problems.stop_if_any()
         # 3. whether they fit together
-        _check_ids(dataset, model.skeleton, loaded)
-        _check_words(recipe, model, len(tokenizer))
+        check_ids(dataset, model.skeleton, loaded)
+        check_words(recipe, model, len(tokenizer))
         # 4. the run's numbers
         device = choose_device(recipe.training.use_cpu)
         _check_auto(recipe, device)
@@ -151,17 +130,6 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
         return plan
 
 
-def read_dataset(loaded: LoadedRecipe) -> Dataset:
-    """The run's rows as tokens, whatever this machine could train: what a merge is compared on."""
-    with located(loaded), quiet():
-        recipe = loaded.recipe
-        config, _ = load_config(recipe.model)
-        tokenizer = load_tokenizer(recipe.model)
-        add_tokens(tokenizer, recipe.dataset.new_tokens)
-        readings = _read_rows(recipe)
-        return _encode(recipe, tokenizer, choose_labels(recipe, config, readings[0]), readings)
-
-
 def check_quantization(recipe: Recipe) -> None:
     """Raises ``UsageError`` where bitsandbytes is missing, ``RecipeError`` on a device that it does not serve."""
     if not is_quantized(recipe):
@@ -173,94 +141,6 @@ def check_quantization(recipe: Recipe) -> None:
         message = f"{what} works on CUDA and on the CPU, not on {device.type}"
         raise RecipeError([Mistake(path, message, "set training.use_cpu: true, or remove it")])
     library()
-
-
-def _read_rows(recipe: Recipe) -> tuple[Reading, Reading | None]:
-    return read_train(recipe.dataset, recipe.task), read_eval(recipe.dataset, recipe.task)
-
-
-def _encode(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, labels: list[str], readings: tuple[Reading, Reading | None]
-) -> Dataset:
-    section = recipe.dataset
-    encoder = LabelEncoder(section, tokenizer, labels) if labels else TextEncoder(section, tokenizer)
-    _check_section(section, tokenizer, readings[0].format)
-    return build_dataset(section, partial(_examples, encoder), readings[0], readings[1], recipe.training.seed)
-
-
-def _check_section(section: DatasetSection, tokenizer: PreTrainedTokenizerFast, format: str) -> None:
-    """Keys that these rows would leave without effect are refused, once the rows' format is known."""
-    mistakes = []
-    if section.too_long == "split" and format != "text":
-        message = f"split cuts running text only, and these rows are {format}"
-        mistakes.append(Mistake(("dataset", "too_long"), message, "use truncate, skip or error"))
-    plain = format == "text" or (
-        format in ("prompt_completion", "instruction") and not (section.chat_template or tokenizer.chat_template)
-    )
-    unused = {
-        "chat_template": format == "text",
-        "system_prompt": plain,
-        "train_on_prompt": format == "text",
-        "name": all(is_local(path) for path in section.path),
-    }
-    for key, has_no_effect in unused.items():
-        if has_no_effect and getattr(section, key):
-            what = (
-                "local files"
-                if key == "name"
-                else f"rows read as {format}" + (" without a chat template" if plain and format != "text" else "")
-            )
-            mistakes.append(Mistake(("dataset", key), f"has no effect on {what}", "remove it"))
-    if mistakes:
-        raise RecipeError(mistakes)
-
-
-def _examples(encoder: TextEncoder | LabelEncoder, content: Content, where: str) -> list[Example]:
-    return list(encoder.examples(content, where))
-
-
-def _check_ids(dataset: Dataset, model: PreTrainedModel, loaded: LoadedRecipe) -> None:
-    """Ids and positions that the model has no embedding for would crash, or worse, wrap around."""
-    examples = [*dataset.train, *dataset.eval]
-    largest = max(int(example.input_ids.max()) for example in examples)
-    rows = num_embeddings(model)
-    if largest >= rows:
-        raise UsageError(
-            f"the tokenizer gives id {largest}, and the model embeds ids below {rows} only",
-            "set model.tokenizer to the model's own tokenizer",
-        )
-    limit = position_limit(model)
-    longest = max(dataset.train_counts.longest, dataset.eval_counts.longest)
-    if limit is not None and longest > limit:
-        message = f"rows reach {longest} tokens, and the model has positions for {limit}"
-        raise RecipeError([Mistake(("dataset", "max_length"), message, f"set dataset.max_length: {limit}")])
-
-
-def _check_words(recipe: Recipe, model: ModelPlan, words: int) -> None:
-    """The new words of an adapter to go on from must be the tokenizer's too, or nothing would reach their rows."""
-    trained = [index for ids in model.rows.values() for index in ids]
-    if recipe.lora.init_from is not None and max(trained, default=0) >= words:
-        message = f"has {words} words, and the adapter in lora.init_from trains rows up to {max(trained)}"
-        raise RecipeError([Mistake(("model", "tokenizer"), message, f"set model.tokenizer: {recipe.lora.init_from}")])
-
-
-def num_embeddings(model: PreTrainedModel) -> int:
-    """How many ids a model embeds; without bound where its embedding does not say."""
-    return int(getattr(model.get_input_embeddings(), "num_embeddings", sys.maxsize))
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions a model with a fixed table of them has; None where positions are computed.
-
-    RoBERTa's begin behind the pad id, OPT's behind an offset; GPT-J keeps its rotary table at a fixed length.
-    """
-    if model.config.model_type in ("gptj", "codegen"):
-        return int(model.config.n_positions)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_TABLES:
-            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - skipped - int(getattr(module, "offset", 0))
-    return None
 
 
 def _schedule(recipe: Recipe, num_rows: int, processes: int) -> tuple[StepPlan, int, int]:
@@ -296,25 +176,6 @@ def split_of_step(training: TrainingSection, processes: int = 1) -> tuple[int, i
     if training.global_batch_size is not None:
         return -(-training.global_batch_size // processes), 1
     return AUTO_ROWS * training.gradient_accumulation_steps, 1
-
-
-def backbone_bytes(model: ModelPlan, recipe: Recipe) -> int:
-    """Of a LoftQ run's own base at most: packed layers with their scales, and all else in float32."""
-    if not recipe.lora.is_loftq:
-        return 0
-    packed = sum(target.in_features * target.out_features for target in linear_targets(model.targets))
-    rest = model.counted.total - model.counted.trainable - packed
-    return packed * recipe.lora.loftq_config.loftq_bits // 8 + packed // 48 + 4 * rest + 4 * model.counted.trainable
-
-
-def disk_bytes(counted: Counted, recipe: Recipe, cache: CachePlan | None = None, backbone: int = 0) -> int:
-    """What the output folder will hold: checkpoints with two moments each, the final weights, a cache meanwhile."""
-    weights = 4 * counted.trainable
-    checkpoints = recipe.training.save_total_limit + 2  # the best one, and the one being written
-    final = weights if recipe.method == "lora" else 4 * counted.total
-    base = 4 * counted.total if recipe.model.config is not None else 0
-    states = cache.bytes if cache is not None and cache.where == "disk" else 0
-    return 3 * weights * checkpoints + final + base + backbone + states
 
 
 def _check_auto(recipe: Recipe, device: torch.device) -> None:

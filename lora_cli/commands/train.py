@@ -19,7 +19,7 @@ from lora_cli.commands.caching import cached
 from lora_cli.commands.identity import check_same_run, identity
 from lora_cli.commands.memory import MemoryPlanner
 from lora_cli.commands.output import OutputFolder, adapter_config, save_result
-from lora_cli.commands.plan import Plan, located, make_plan
+from lora_cli.commands.plan import Plan, make_plan
 from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
 from lora_cli.device import memory_errors, prepare_for_training
@@ -29,7 +29,7 @@ from lora_cli.fusion.multiplying import products_for
 from lora_cli.fusion.network import Network
 from lora_cli.hub import weight_files
 from lora_cli.models import fingerprint
-from lora_cli.recipe import LoadedRecipe, Recipe
+from lora_cli.recipe import LoadedRecipe, Recipe, located
 from lora_cli.seeds import stream_seed
 from lora_cli.storage import hold_folder, is_intact
 from lora_cli.tasks import TASKS

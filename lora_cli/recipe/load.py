@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.errors import KeyPath, Mistake, RecipeError, UsageError
+from lora_cli.errors import KeyPath, Mistake, RecipeError, SeveralErrors, UsageError
 from lora_cli.recipe.messages import mistakes_of
 from lora_cli.recipe.rules import check_rules
 from lora_cli.recipe.schema import Recipe
@@ -48,6 +50,18 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> LoadedRecipe:
     for section in SHORTHANDS:
         _lift_shorthand(data, section, source)
     return LoadedRecipe(_checked(data, source), source, text)
+
+
+@contextmanager
+def located(loaded: LoadedRecipe) -> Iterator[None]:
+    """Give recipe mistakes that were found late the place where the key stands."""
+    try:
+        yield
+    except (RecipeError, SeveralErrors) as error:
+        for single in error.errors if isinstance(error, SeveralErrors) else [error]:
+            if isinstance(single, RecipeError):
+                single.source = single.source or loaded.source
+        raise
 
 
 _SMALLEST = "the smallest recipe is three keys: model, dataset and output_dir"

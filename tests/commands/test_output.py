@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from lora_cli.commands import plan as plan_module
+from lora_cli.commands import rows as rows_module
 from lora_cli.commands.output import OutputFolder
 from lora_cli.commands.train import train
 from lora_cli.errors import UsageError
@@ -225,7 +225,7 @@ def no_rows(*anything: Any) -> None:
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_folder_that_cannot_be_made_is_exit_code_5_before_a_row_is_read(recipe, lora, tmp_path, monkeypatch, command):
     """Permissions do not stop root, so a path below a file stands for an unwritable place."""
-    monkeypatch.setattr(plan_module, "read_train", no_rows)
+    monkeypatch.setattr(rows_module, "read_train", no_rows)
     (tmp_path / "file").touch()
     target = tmp_path / "file" / "deep" / "run"
     result = lora(command, recipe(output_dir=str(target)))
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_made_is_exit_code_5_before_a_row_is_read(recipe
 
 
 def test_a_folder_without_permission_is_exit_code_5_before_a_row_is_read(recipe, lora, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "read_train", no_rows)
+    monkeypatch.setattr(rows_module, "read_train", no_rows)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as for anybody but root
     result = lora("train", recipe())
     assert (result.code, result.out) == (5, "")

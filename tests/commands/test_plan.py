@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lora_cli.commands import plan as plan_module
-from lora_cli.commands.plan import Plan, disk_bytes, make_plan, position_limit
+from lora_cli.commands.disk import disk_bytes
+from lora_cli.commands.plan import Plan, make_plan
+from lora_cli.commands.rows import position_limit
 from lora_cli.commands.trainable import Counted
 from lora_cli.device import choose_device
 from lora_cli.errors import DataError, RecipeError, SeveralErrors, StorageError, UsageError
