@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -325,3 +326,14 @@ def fingerprint(folder: Path) -> str:
                 tail = file.read(entry.end - file.tell())
                 pieces[entry.name] = repr((entry.name, entry.dtype, entry.shape)).encode() + head + tail
     return hashlib.sha256(b"".join(pieces[name] for name in sorted(pieces))).hexdigest()
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many ids a model embeds; without bound where its embedding does not say."""
+    return int(getattr(model.get_input_embeddings(), "num_embeddings", sys.maxsize))
+
+
+def grown_vocabulary(model: PreTrainedModel, config: PreTrainedConfig) -> int | None:
+    """How many words a model has, where those are more than its configuration's: somebody has added some."""
+    embedded = num_embeddings(model)
+    return embedded if config.get_text_config().vocab_size < embedded < sys.maxsize else None

@@ -29,7 +29,7 @@ from lora_cli.data.encoding import Example
 from lora_cli.data.rows import read_rows
 from lora_cli.device import memory_errors
 from lora_cli.errors import DataError, LoraError, UsageError
-from lora_cli.models import load_model, read_config
+from lora_cli.models import load_model, num_embeddings, read_config
 from lora_cli.recipe import DatasetSection, load_recipe
 
 MEMORY_CURE = "type --no-verify to merge without loading both models"
@@ -191,7 +191,7 @@ def fitting_rows(rows: list[Example], fitted: FittedAdapter) -> list[Example]:
     if not rows:
         raise DataError("none of the rows to compare on has a token", "name others with --rows")
     largest = max(int(row.input_ids.max()) for row in rows)
-    embedded = getattr(fitted.skeleton.get_input_embeddings(), "num_embeddings", largest + 1)
+    embedded = num_embeddings(fitted.skeleton)
     if largest >= embedded:
         raise UsageError(
             f"the tokenizer gives id {largest}, and the model embeds ids below {embedded} only",

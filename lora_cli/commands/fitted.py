@@ -20,7 +20,7 @@ from lora_cli.adapters.tokens import attach_rows, make_room_for
 from lora_cli.commands.provenance import NAME, Provenance, read_provenance
 from lora_cli.errors import UsageError
 from lora_cli.hub import model_folder
-from lora_cli.models import empty_model, fingerprint, read_config, set_labels
+from lora_cli.models import empty_model, fingerprint, grown_vocabulary, read_config, set_labels
 from lora_cli.ops.packing import FORMATS
 
 MADE_WITH_IT = ("base", "backbone")  # folders of a run that its adapter is for
@@ -44,8 +44,7 @@ class FittedAdapter:
     @property
     def vocabulary(self) -> int | None:
         """How many words the base has with those of the adapter; None where the adapter brings none."""
-        embedded = int(getattr(self.skeleton.get_input_embeddings(), "num_embeddings", 0))
-        return embedded if embedded > self.config.get_text_config().vocab_size else None
+        return grown_vocabulary(self.skeleton, self.config)
 
     @property
     def transposed(self) -> set[str]:

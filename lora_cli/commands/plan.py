@@ -13,14 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from lora_cli.commands.caching import CachePlan, cache_notes, plan_cache
 from lora_cli.commands.disk import backbone_bytes, disk_bytes
 from lora_cli.commands.labels import choose_labels
-from lora_cli.commands.rows import check_ids, check_words, encode, num_embeddings, read_rows
+from lora_cli.commands.rows import check_ids, check_words, encode, read_rows
 from lora_cli.commands.trainable import ModelPlan, check_trainable, plan_model
 from lora_cli.data.batches import StepPlan
 from lora_cli.data.dataset import Dataset, label_counts
 from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, Problems, RecipeError, StorageError
-from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet, set_labels
+from lora_cli.models import add_tokens, load_config, load_tokenizer, num_embeddings, quiet, set_labels
 from lora_cli.ops.packing import library
 from lora_cli.recipe import LoadedRecipe, Recipe, TrainingSection, located
 from lora_cli.recipe.rules.facts import is_quantized, was_changed

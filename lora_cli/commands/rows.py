@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from torch import nn
@@ -15,7 +14,7 @@ from lora_cli.data.encoding import Example, LabelEncoder, TextEncoder
 from lora_cli.data.files import is_local
 from lora_cli.data.formats import Content
 from lora_cli.errors import Mistake, RecipeError, UsageError
-from lora_cli.models import add_tokens, load_config, load_tokenizer, quiet
+from lora_cli.models import add_tokens, load_config, load_tokenizer, num_embeddings, quiet
 from lora_cli.recipe import DatasetSection, LoadedRecipe, Recipe, located
 
 POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions", "positions_embed")
@@ -99,11 +98,6 @@ def check_words(recipe: Recipe, model: ModelPlan, words: int) -> None:
     if recipe.lora.init_from is not None and max(trained, default=0) >= words:
         message = f"has {words} words, and the adapter in lora.init_from trains rows up to {max(trained)}"
         raise RecipeError([Mistake(("model", "tokenizer"), message, f"set model.tokenizer: {recipe.lora.init_from}")])
-
-
-def num_embeddings(model: PreTrainedModel) -> int:
-    """How many ids a model embeds; without bound where its embedding does not say."""
-    return int(getattr(model.get_input_embeddings(), "num_embeddings", sys.maxsize))
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

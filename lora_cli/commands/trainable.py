@@ -36,7 +36,7 @@ from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.recompute import refuses
 from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
-from lora_cli.models import empty_model, head_modules
+from lora_cli.models import empty_model, grown_vocabulary, head_modules
 from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.liger import why_not_here
 from lora_cli.recipe import Recipe
@@ -70,8 +70,7 @@ class ModelPlan:
     @property
     def vocabulary(self) -> int | None:
         """How many words the model has with the new ones; None where it had room for them."""
-        embedded = int(getattr(self.skeleton.get_input_embeddings(), "num_embeddings", 0))
-        return embedded if embedded > self.config.get_text_config().vocab_size else None
+        return grown_vocabulary(self.skeleton, self.config)
 
     @property
     def rows(self) -> dict[str, list[int]]:

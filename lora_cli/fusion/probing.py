@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lora_cli.data.batches import Batch
 from lora_cli.data.encoding import Example
 from lora_cli.fusion.network import Network
+from lora_cli.models import num_embeddings
 
 LENGTHS = (5, 2, 7)
 # How far a whole model may be off, relative to the size of its output: many roundings.
@@ -24,9 +25,8 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, to
 
 def probe_examples(model: PreTrainedModel, task: str) -> list[Example]:
     """A few rows of arbitrary tokens, none of them special."""
-    vocabulary = int(getattr(model.get_input_embeddings(), "num_embeddings", 1000))
     special = {getattr(model.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    usable = [i for i in range(min(vocabulary, 2000)) if i not in special]
+    usable = [i for i in range(min(num_embeddings(model), 1000)) if i not in special]
     chance = np.random.default_rng(0)
     label = 0 if task == "sequence_classification" else None
     return [
