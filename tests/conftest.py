@@ -176,18 +176,20 @@ class Result:
         return json.loads(self.out)
 
 
-@pytest.fixture
-def lora() -> Callable[..., Result]:
-    """``lora("train", path, ...)`` runs the command line in this process."""
+def run_lora(*arguments: object) -> Result:
+    """The command line in this process."""
     from typer.testing import CliRunner
 
     from lora_cli.cli import app
 
-    def run(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return Result(result.exit_code, result.stdout, result.stderr)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return Result(result.exit_code, result.stdout, result.stderr)
 
-    return run
+
+@pytest.fixture
+def lora() -> Callable[..., Result]:
+    """``lora("train", path, ...)`` runs the command line in this process."""
+    return run_lora
 
 
 @pytest.fixture

@@ -68,7 +68,12 @@ def first_line(path: Path) -> str:
 
 def current(text: str) -> str:
     """The README with its generated parts as they should be."""
-    for name, part in {"keys": key_table(), "tree": tree()}.items():
+    return with_parts(text, {"keys": key_table(), "tree": tree()})
+
+
+def with_parts(text: str, parts: dict[str, str]) -> str:
+    """The text with these parts between their marks."""
+    for name, part in parts.items():
         pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
         replacement = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
         text = re.sub(pattern, lambda _, new=replacement: new, text, flags=re.DOTALL)
