@@ -108,6 +108,10 @@ class World:
         if self.size > 1:
             self.add(torch.zeros(1))
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of the processes. No device is waited for."""
+        return here if self.size == 1 else bool(self.add(torch.tensor(float(here))))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A part of the run that all processes finish, or none does: the first of those that fail tells its error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +84,17 @@ class _Finder:
         self.saved = saved
         self.linear = linear_modules(model, outside=saved)
         self.candidates = self.linear | _named_embedding(model, lora, saved)
+        self.stacks = stacked_parameters(model)
         self.oversized: dict[KeyPath, list[str]] = {}
         self.mistakes: list[Mistake] = []
 
     def find(self) -> list[Target]:
         """The targets in the model's order, or every mistake at once."""
-        chosen = self._targeted()
-        chosen -= self._excluded()
-        chosen &= self._in_layers()
-        chosen_in_order = [name for name in self.candidates if name in chosen]
-        targets = [self._target(name) for name in chosen_in_order] + self._stacked()
+        chosen, stacked = self._targeted(), self._stacked()
+        left = self._in_layers() - self._excluded()
+        chosen, stacked = chosen & left, stacked & left
+        targets = [self._target(name) for name in self.candidates if name in chosen]
+        targets += [self._stack(name) for name in self.stacks if name in stacked]
         self._check_embedding(targets)
         self._check_ranks()
         self._check_patterns("rank_pattern", self.lora.rank_pattern, chosen)
@@ -118,13 +120,14 @@ class _Finder:
     def _excluded(self) -> set[str]:
         path = ("lora", "exclude_modules")
         patterns = self.lora.exclude_modules
-        return set().union(*(self._matched((*path, index), pattern) for index, pattern in enumerate(patterns)))
+        stacked = [name for name in self.stacks if self.lora.target_parameters]
+        return set().union(*(self._matched((*path, index), pattern, stacked) for index, pattern in enumerate(patterns)))
 
-    def _matched(self, path: KeyPath, pattern: str) -> set[str]:
+    def _matched(self, path: KeyPath, pattern: str, others: Iterable[str] = ()) -> set[str]:
         if reason := invalid_reason(pattern):
             self._wrong(path, reason)
             return set()
-        found = {name for name in self.candidates if matches(name, pattern)}
+        found = {name for name in (*self.candidates, *others) if matches(name, pattern)}
         if not found:
             self._wrong(path, *self._no_match(pattern))
         return found
@@ -146,12 +149,13 @@ class _Finder:
 
     def _in_layers(self) -> set[str]:
         layers = self.lora.layers_to_transform
+        names = {*self.candidates, *self.stacks}
         if layers is None:
-            return set(self.candidates)
+            return names
         for name in self.candidates.keys() - self.linear.keys():
             message = f"cannot be combined with an adapter on {name}, which is in no layer"
             self._wrong(("lora", "layers_to_transform"), message, "remove one of them")
-        known = {layer for name in self.candidates if (layer := layer_of(name)) is not None}
+        known = {layer for name in names if (layer := layer_of(name)) is not None}
         for index, layer in enumerate(layers):
             if layer not in known:
                 last = max(known, default=-1)
@@ -161,7 +165,7 @@ class _Finder:
                     else ("cannot be used: this model's modules are not numbered")
                 )
                 self._wrong(("lora", "layers_to_transform", index), message)
-        return {name for name in self.candidates if layer_of(name) in layers}
+        return {name for name in names if layer_of(name) in layers}
 
     def _check_patterns(self, key: str, table: dict[str, int] | dict[str, float], chosen: set[str]) -> None:
         for pattern in table:
@@ -203,20 +207,26 @@ class _Finder:
                 message = f"cannot be combined with an adapter on {target.name}: it trains the rows of linear layers"
                 self._wrong(("lora", "use_dora"), message, "remove one of them")
 
-    def _stacked(self) -> list[Target]:
-        """The stacked parameters that `target_parameters` names, in the model's order."""
-        known = stacked_parameters(self.model)
+    def _stacked(self) -> set[str]:
+        """The stacked parameters that `target_parameters` names."""
+        found = set()
         for index, pattern in enumerate(self.lora.target_parameters):
-            if not any(matches(name, pattern) for name in known):
-                endings = sorted({".".join(name.split(".")[-2:]) for name in known})
-                have = f"this model has: {', '.join(endings)}" if known else "this model has no stacked experts"
-                self._wrong(("lora", "target_parameters", index), f"no stacked parameter is named '{pattern}'", have)
-        r, scaling = self.lora.r, scaling_of(self.lora.lora_alpha, self.lora.r, self.lora.use_rslora)
-        return [
-            Target(name, r, scaling, in_features, out_features, experts)
-            for name, (experts, in_features, out_features) in known.items()
-            if any(matches(name, pattern) for pattern in self.lora.target_parameters)
-        ]
+            named = {name for name in self.stacks if matches(name, pattern)}
+            path = ("lora", "target_parameters", index)
+            if not named:
+                endings = sorted({".".join(name.split(".")[-2:]) for name in self.stacks})
+                have = f"this model has: {', '.join(endings)}" if endings else "this model has no stacked experts"
+                self._wrong(path, f"no stacked parameter is named '{pattern}'", have)
+            elif whole := [name for name in self.stacks if name in named and is_below(name, self.saved)]:
+                message = f"'{pattern}' is {whole[0]}, which lora.modules_to_save trains in full: it needs no adapter"
+                self._wrong(path, message, "remove it from one of them")
+            found |= named
+        return found
+
+    def _stack(self, name: str) -> Target:
+        experts, in_features, out_features = self.stacks[name]
+        scaling = scaling_of(self.lora.lora_alpha, self.lora.r, self.lora.use_rslora)
+        return Target(name, self.lora.r, scaling, in_features, out_features, experts)
 
     def _check_ranks(self) -> None:
         """One mistake a key: a rank that is too large for one layer is so for all of its kind."""

@@ -144,7 +144,7 @@ class MemoryPlanner:
         leftover = largest + WAKING_BYTES if on_cpu else 0
         peak = max(step.peak, step.kept + (logits if self.network.head is not None else 0))
         kept = frozen - in_pieces + -(-in_pieces // steps.num_processes)
-        if on_cpu and self.stays_mapped:  # pages that the processes of a machine share, and each one's account holds
+        if on_cpu and self.stays_mapped and not self.quantized:  # pages that the processes of a machine share, and each one's account holds
             kept += in_pieces
         whole = frozen if on_cpu else kept  # the host reads all of the base's files
         cached = self.plan.cache.bytes_in_memory if on_cpu and self.plan.cache is not None else 0
@@ -269,7 +269,7 @@ def logits_bytes(network: Network, batch: list[Example], plan: Plan) -> int:
 def _would_pay_packed(memory: MemoryPlan, plan: Plan) -> bool:
     """Whether the frozen weights are most of it, on a device that never sees them dense."""
     recipe = plan.recipe
-    packable = recipe.method == "lora" and recipe.training.strategy == "ddp" and not is_quantized(recipe)
+    packable = recipe.method == "lora" and not is_quantized(recipe)
     return packable and plan.device.type == "cuda" and memory.weights > memory.total / 2
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.adapters.backbone import is_backbone
 from lora_cli.adapters.merging import Folding, Naming, merge_files, merge_model, with_partners
 from lora_cli.adapters.quantized import Quantization
+from lora_cli.adapters.targets import stacked_parameters
 from lora_cli.adapters.tokens import make_room_for
 from lora_cli.commands.adapter_folder import TOKENIZER_FILES, check_new, copy_files
 from lora_cli.commands.agreement import Agreement
@@ -107,12 +108,12 @@ def _merge(
     onto: Quantization | None,
     remote_code: bool,
 ) -> None:
-    """Tensor by tensor from file to file; with the whole model in memory where an expert's matrices are stacked.
+    """Tensor by tensor from file to file; with the whole model in memory where stacked experts were trained.
 
     Files hold each expert's matrices apart, under names that only transformers puts together and takes apart.
     """
     parts = with_partners(fitted.adapter, fitted.skeleton)
-    if all(update.experts == 1 for update in fitted.adapter.updates.values()):
+    if not stacked_parameters(fitted.skeleton).keys() & {*fitted.adapter.updates, *fitted.adapter.saved}:
         merge_files(fitted.base, folder, parts, _naming(fitted), fitted.transposed, wanted, onto)
         return
     with memory_errors("merge on a machine with more memory: stacked experts are merged in memory"), quiet():

@@ -45,7 +45,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Metrics | None:
-    """The task's figures over all examples; None where ``stop`` asked one of the processes to leave early.
+    """The task's figures over all examples; None where ``stop`` asked one of the processes to leave early: all do.
 
     With the tokens of training's largest micro-batch as ``max_tokens``, no evaluation takes more than a step.
     """
@@ -53,21 +53,16 @@ def evaluate(
     network.model.eval()
     batches = evaluation_batches(examples, batch_size, pad_id, network.layout, max_tokens)
     totals: Sums = {}
-    finished = True
     try:
         with memory_errors(MEMORY_CURE):
             while turn := list(islice(batches, world.size)):
-                # Where layers are gathered from all processes, none can leave alone.
-                finished = network.sharded or not stop()
-                if not finished:
-                    break
+                if world.any(stop()):
+                    return None
                 for name, value in _sums(network, task, turn, device, world).items():
                     totals[name] = totals[name] + value if name in totals else value
                 progress(sum(batch.num_rows for batch in turn))
     finally:
         network.model.train(was_training)
-    if world.add(torch.tensor(0.0 if finished else 1.0)).item():
-        return None
     return task.figures(_added(totals, world))
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_cli.adapters.experts import LoRAExperts, is_plain, stacked_update
 from lora_cli.adapters.files import read_adapter
 from lora_cli.adapters.injection import adapters_of, attach, freeze_base
-from lora_cli.adapters.targets import find_targets
+from lora_cli.adapters.targets import find_saved, find_targets
 from lora_cli.errors import RecipeError
 from lora_cli.recipe import LoraSection
 from tests.made import IDS, base_model, distance, loaded_by_peft, loaded_by_us, logits, our_adapter, perturb
@@ -112,10 +112,19 @@ def test_an_update_is_one_product_an_expert():
 
 
 @every_kind
-def test_trained_resumed_and_merged_through_the_command_line(base, recipe, tmp_path, lora):
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"target_parameters": BOTH},
+        {"target_parameters": BOTH, "layers_to_transform": [1]},
+        {"modules_to_save": ["experts"]},
+    ],
+    ids=["adapted", "upper layer", "saved"],
+)
+def test_trained_resumed_and_merged_through_the_command_line(base, trained, recipe, tmp_path, lora):
     changes = {
         "model": {"path": str(base), "dtype": "float32"},
-        "lora": {"r": 4, "target_modules": ["q_proj"], "target_parameters": BOTH},
+        "lora": {"r": 4, "target_modules": ["q_proj"]} | trained,
     }
     result = lora("train", recipe(**changes), "--json")
     assert result.code == 0, result.err
@@ -135,6 +144,25 @@ def test_what_is_not_there_is_refused_by_name(base):
     with pytest.raises(RecipeError, match=r"no stacked parameter is named 'experts.gate_proj'") as caught:
         find_targets(model, lora, [])
     assert "experts.down_proj, experts.gate_up_proj" in str(caught.value.mistakes[0].help)
+
+
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("narrowed", [{"layers_to_transform": [1]}, {"exclude_modules": ["*.layers.0.*"]}])
+def test_layers_and_exclusions_hold_for_stacked_parameters_too(base, narrowed):
+    model = base_model(base, "causal_lm")
+    lora = LoraSection(target_modules=["q_proj"], target_parameters=BOTH)
+    every = {target.name for target in find_targets(model, lora, [])}
+    found = {target.name for target in find_targets(model, lora.model_copy(update=narrowed), [])}
+    assert len(every) == 2 * len(found) == 6
+    assert found == {name for name in every if ".1." in name}
+
+
+@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+def test_experts_that_are_trained_in_full_get_no_update_as_well(base):
+    model = base_model(base, "causal_lm")
+    lora = LoraSection(target_modules=["q_proj"], target_parameters=BOTH[:1])
+    with pytest.raises(RecipeError, match=r"which lora.modules_to_save trains in full: it needs no adapter"):
+        find_targets(model, lora, find_saved(model, ["experts"]))
 
 
 def test_a_model_without_experts_says_so():

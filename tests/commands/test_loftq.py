@@ -258,7 +258,6 @@ def test_the_plan_counts_the_packed_layers(loftq, model_folder):
     ("changes", "message"),
     [
         ({"model.quantization": "nf4"}, "nf4 cannot be combined with init_lora_weights: loftq, which quantizes"),
-        ({"training.strategy": "fsdp"}, "fsdp cannot be combined with init_lora_weights: loftq"),
         ({"lora.init_lora_weights": True}, "lora.loftq_config belongs to init_lora_weights: loftq"),
         ({"lora.target_parameters": ["experts.down_proj"]}, "loftq cannot be combined with target_parameters"),
         ({"lora.loftq_config": {"loftq_bits": 5}}, "lora.loftq_config.loftq_bits must be 2, 3, 4 or 8, not 5"),

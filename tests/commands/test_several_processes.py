@@ -225,6 +225,9 @@ IN_PIECES: dict[str, dict[str, Any]] = {
     "rows": {"lora.trainable_token_indices": [5, 9]},
     "upper layer, dropout": {"lora.layers_to_transform": [1], "lora.lora_dropout": 0.2},
     "embedding": {"lora.target_modules": ["embed_tokens", "q_proj", "up_proj"]},
+    "nf4": {"model.quantization": "nf4"},
+    "int8, dora": {"model.quantization": "int8", "lora.use_dora": True},
+    "loftq": {"lora.init_lora_weights": "loftq"},
 }
 
 

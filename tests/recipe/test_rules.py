@@ -101,13 +101,6 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         ["lora.init_lora_weights=loftq"],
     ),
     (
-        "_quantized_is_not_sharded",
-        ["training.strategy=fsdp", "lora.init_lora_weights=loftq"],
-        "training.strategy",
-        "fsdp cannot be combined with init_lora_weights: loftq",
-        ["lora.init_lora_weights=loftq"],
-    ),
-    (
         "_orthogonal_is_even",
         ["lora.init_lora_weights=orthogonal", "lora.r=5"],
         "lora.r",
@@ -162,13 +155,6 @@ BROKEN: list[tuple[str, list[str], str, str, list[str]]] = [
         "lora.init_lora_weights",
         "lora_ga begins from the base's own weights, and an int8 base no longer has them",
         ["lora.init_lora_weights=lora_ga"],
-    ),
-    (
-        "_quantized_is_not_sharded",
-        ["model.quantization=nf4", "training.strategy=fsdp"],
-        "training.strategy",
-        "fsdp cannot be combined with model.quantization: it cuts weights up by rows",
-        ["model.quantization=nf4", "training.strategy=ddp"],
     ),
     (
         "_each_row_once",

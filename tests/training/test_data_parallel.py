@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from lora_cli.adapters.injection import packable_modules, quantize
 from lora_cli.data.batches import StepPlan, collate
 from lora_cli.device import memory_errors
 from lora_cli.distributed import ALONE, World
@@ -19,6 +21,7 @@ from lora_cli.fusion.network import Network
 from lora_cli.fusion.proof import build_network
 from lora_cli.fusion.recompute import checkpoint_activations
 from lora_cli.fusion.sharding import shard_layers
+from lora_cli.models import head_modules
 from lora_cli.recipe import TrainingSection
 from lora_cli.tasks import TASKS, CausalLM
 from lora_cli.training.evaluation import evaluate
@@ -26,6 +29,7 @@ from lora_cli.training.loop import LoopSettings, train_step, train_steps
 from lora_cli.training.optimizer import FlatAdamW
 from lora_cli.training.run import check_gradients
 from lora_cli.training.signals import StopRequest
+from tests.conftest import tiny_model
 from tests.processes import Ranks
 from tests.training.test_loop import CPU, EXAMPLES, LABELLED, adapted
 
@@ -51,14 +55,14 @@ def steps_of(world: World, plan: StepPlan, kind: str = "llama", how: str = "") -
     heard = Deaf(world.rank, world.size) if "deaf" in how else world
     steps = train_steps(network, CausalLM, ROWS, plan, optimizer, SETTINGS, start=0, device=CPU, world=heard)
     seen = [(step.loss, step.num_tokens, optimizer.gradients.tolist()) for step in steps]
-    held = sum(
-        parameter_bytes(p)
-        for layer in repeated_layers(model).values()
-        for p in layer.parameters()
-        if not p.requires_grad
-    )
-    found = {"steps": seen, "values": optimizer.values.tolist(), "forms": network.forms, "held": held}
+    found = {"steps": seen, "values": optimizer.values.tolist(), "forms": network.forms, "held": frozen_bytes(model)}
     return found | {"looks_at": network.layout.looks_at}
+
+
+def frozen_bytes(model: PreTrainedModel) -> int:
+    """What this process holds of the frozen layers."""
+    layers = repeated_layers(model).values()
+    return sum(parameter_bytes(p) for layer in layers for p in layer.parameters() if not p.requires_grad)
 
 
 def parameter_bytes(parameter: Any) -> int:
@@ -142,6 +146,22 @@ def test_a_base_in_pieces_gives_the_same_steps(kind, how):
     assert first["looks_at"] == whole["looks_at"] == ("targets" if kind == "llama" else None)  # the short last layer
     assert first["held"] + second["held"] < 1.1 * whole["held"]
     assert first["held"] < 0.6 * whole["held"]
+
+
+def held_of_a_packed_base(world: World) -> int:
+    model = tiny_model("llama")
+    quantize(model, packable_modules(model, head_modules(model, "causal_lm")), "nf4")
+    model.requires_grad_(False)
+    if world.size > 1:
+        shard_layers(model, CPU)
+    return frozen_bytes(model)
+
+
+def test_a_packed_base_is_cut_up_too():
+    first, second = Ranks(2).call(held_of_a_packed_base)
+    whole = held_of_a_packed_base(ALONE)
+    assert first + second < 1.1 * whole
+    assert first < 0.6 * whole
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------

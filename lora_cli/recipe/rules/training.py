@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_cli.errors import Mistake
-from lora_cli.recipe.rules.facts import EVALUATION_METRICS, STARTS_FROM_WEIGHTS, Rule, is_quantized, was_changed
+from lora_cli.recipe.rules.facts import EVALUATION_METRICS, STARTS_FROM_WEIGHTS, Rule, was_changed
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.source import Source
 
@@ -61,17 +61,6 @@ def _auto_tries_alone(recipe: Recipe, source: Source) -> Iterator[Mistake]:
         )
 
 
-def _quantized_is_not_sharded(recipe: Recipe, source: Source) -> Iterator[Mistake]:
-    key = "model.quantization" if recipe.model.quantization != "none" else "init_lora_weights: loftq"
-    if is_quantized(recipe) and recipe.training.strategy == "fsdp":
-        yield Mistake(
-            ("training", "strategy"),
-            f"fsdp cannot be combined with {key}: it cuts weights up by rows, and packed ones have blocks and scales "
-            "instead",
-            f"use ddp, or remove {key}",
-        )
-
-
 def _fsdp_is_for_lora(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     if recipe.training.strategy == "fsdp" and recipe.method != "lora":
         yield Mistake(
@@ -107,7 +96,6 @@ RULES: list[Rule] = [
     _warmup_fits,
     _one_batch_size,
     _auto_tries_alone,
-    _quantized_is_not_sharded,
     _fsdp_is_for_lora,
     _fsdp_runs_every_layer,
 ]
