@@ -279,6 +279,8 @@ def read_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedToke
             f"{folder} holds no tokenizer that can be used: {first_line(error)}",
             "set model.tokenizer to a folder or hub id",
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one of nothing
+        raise UsageError(f"{folder} holds no tokenizer", "set model.tokenizer to a folder or hub id")
     if not tokenizer.is_fast:
         raise UsageError(f"{folder} holds no fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -326,6 +328,12 @@ def fingerprint(folder: Path) -> str:
                 tail = file.read(entry.end - file.tell())
                 pieces[entry.name] = repr((entry.name, entry.dtype, entry.shape)).encode() + head + tail
     return hashlib.sha256(b"".join(pieces[name] for name in sorted(pieces))).hexdigest()
+
+
+def sees_ahead(config: PreTrainedConfig) -> bool:
+    """Whether a language model's tokens see those behind them: an encoder, unless it is told to be a decoder."""
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in names and not (getattr(config, "is_decoder", None) or getattr(config, "causal", None))
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

@@ -144,7 +144,8 @@ class MemoryPlanner:
         leftover = largest + WAKING_BYTES if on_cpu else 0
         peak = max(step.peak, step.kept + (logits if self.network.head is not None else 0))
         kept = frozen - in_pieces + -(-in_pieces // steps.num_processes)
-        if on_cpu and self.stays_mapped and not self.quantized:  # pages that the processes of a machine share, and each one's account holds
+        # The processes of a machine share a mapped file's pages, and each one's account holds them.
+        if on_cpu and self.stays_mapped and not self.quantized:
             kept += in_pieces
         whole = frozen if on_cpu else kept  # the host reads all of the base's files
         cached = self.plan.cache.bytes_in_memory if on_cpu and self.plan.cache is not None else 0

@@ -24,7 +24,7 @@ from lora_cli.errors import StorageError, UsageError
 from lora_cli.models import quiet
 from lora_cli.storage import new_folder, storage_errors, write_json, write_text
 
-OURS = ("recipe.yaml", "resolved.yaml")
+OURS = "resolved.yaml"  # tells a run's folder; a recipe.yaml may be anybody's
 EARLIER = "earlier-"
 
 
@@ -77,7 +77,7 @@ class OutputFolder:
         if not self.root.is_dir():
             return
         entries = [entry.name for entry in self.root.iterdir() if not entry.name.startswith((".", EARLIER))]
-        if entries and not any((self.root / name).exists() for name in OURS):
+        if entries and not (self.root / OURS).exists() and not self._set_aside_before():
             raise UsageError(
                 f"output_dir {self.root} holds other files ({', '.join(sorted(entries)[:3])}) and no run of lora",
                 "choose a folder that is empty or does not exist",
@@ -91,12 +91,15 @@ class OutputFolder:
         numbers = [e.name.removeprefix(EARLIER) for e in self.root.glob(f"{EARLIER}*")]
         number = 1 + max((int(text) for text in numbers if text.isdigit()), default=0)
         target = self.root / f"{EARLIER}{number:03d}"
-        entries.sort(key=lambda e: e.name in OURS)  # last: a kill on the way leaves a folder that is still ours
+        entries.sort(key=lambda e: e.name == OURS)  # last: a kill on the way leaves a folder that is still ours
         with storage_errors(target):
             target.mkdir()
             for entry in entries:
                 os.rename(entry, target / entry.name)
         return target
+
+    def _set_aside_before(self) -> list[Path]:
+        return list(self.root.glob(f"{EARLIER}*/{OURS}"))
 
     def read_summary(self) -> Summary | None:
         """None where there is none that can be read: then it is written again."""
@@ -106,8 +109,8 @@ class OutputFolder:
             return None
 
     def write_recipe(self, plan: Plan) -> None:
+        write_text(self.root / OURS, resolved_text(plan))
         write_text(self.root / "recipe.yaml", plan.loaded.text)
-        write_text(self.root / "resolved.yaml", resolved_text(plan))
 
 
 def resolved_text(plan: Plan) -> str:

@@ -36,7 +36,7 @@ from lora_cli.fusion.layers import repeated_layers
 from lora_cli.fusion.recompute import refuses
 from lora_cli.fusion.skipping import skippable
 from lora_cli.hub import ModelFolder
-from lora_cli.models import empty_model, grown_vocabulary, head_modules
+from lora_cli.models import empty_model, grown_vocabulary, head_modules, sees_ahead
 from lora_cli.ops.kernels import why_not_compiled
 from lora_cli.ops.liger import why_not_here
 from lora_cli.recipe import Recipe
@@ -224,6 +224,9 @@ def check_trainable(recipe: Recipe, model: ModelPlan) -> None:
     if model.config.is_encoder_decoder:
         message = f"is an encoder-decoder ({model.config.model_type}), which this tool does not train"
         mistakes.append(Mistake(("model", "path"), message))
+    elif recipe.task == "causal_lm" and sees_ahead(model.config):
+        message = f"is an encoder ({model.config.model_type}), whose tokens see what they should predict"
+        mistakes.append(Mistake(("model", "path"), message, "set task: sequence_classification, or name a decoder"))
     if mistakes:
         raise RecipeError(mistakes)
 

@@ -81,6 +81,27 @@ def test_an_encoder_decoder_is_refused(recipe, lora, tokenizer_folder, tmp_path)
     assert "encoder-decoder (bart)" in refused.err
 
 
+def test_an_encoder_is_no_language_model_until_it_is_told_to_be_a_decoder(recipe, lora, tokenizer_folder):
+    config = {"model_type": "roberta", "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    refused = lora("check", recipe(model={"config": config, "tokenizer": tokenizer_folder}))
+    assert refused.code == 2
+    assert "is an encoder (roberta), whose tokens see what they should predict" in refused.err
+    decoder = {"config": config | {"is_decoder": True}, "tokenizer": tokenizer_folder}
+    assert lora("check", recipe(model=decoder)).code == 0
+
+
+def test_a_model_folder_without_its_tokenizer_is_refused(recipe, lora, model_folder, tmp_path):
+    """transformers makes one of a configuration alone: of special tokens, with nothing for text."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(model_folder("gpt2"), folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    refused = lora("check", recipe(**{"model.path": str(folder)}))
+    assert refused.code == 2
+    assert f"{folder} holds no tokenizer" in refused.err
+
+
 def test_a_quantized_base_is_refused_before_it_is_loaded(recipe, lora, model_folder, tmp_path):
     folder = tmp_path / "quantized"
     shutil.copytree(model_folder("llama"), folder)

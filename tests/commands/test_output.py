@@ -190,11 +190,23 @@ def test_the_tokenizer_goes_along_with_the_template_that_was_trained(finished, t
 # --- whose folder it is ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entries", [[], [".lock"], [".git"], ["recipe.yaml", "anything"], ["earlier-001"]])
+@pytest.mark.parametrize("entries", [[], [".lock"], [".git"], ["resolved.yaml", "anything"], ["earlier-001"]])
 def test_an_empty_folder_an_earlier_run_and_hidden_files_can_be_used(tmp_path, entries):
     for name in entries:
         (tmp_path / name).touch()
     OutputFolder(tmp_path, "lora").check_usable()
+
+
+def test_somebodys_recipe_is_no_run(recipe, lora, tmp_path):
+    """Neither written over nor moved."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "recipe.yaml").write_text("mine")
+    for flags in ([], ["--fresh"]):
+        refused = lora("train", recipe(output_dir=str(home)), *flags)
+        assert refused.code == 2
+        assert "holds other files (recipe.yaml) and no run of lora" in refused.err
+    assert [(path.name, path.read_text()) for path in home.iterdir()] == [("recipe.yaml", "mine")]
 
 
 def test_a_folder_that_does_not_exist_can_be_used(tmp_path):
