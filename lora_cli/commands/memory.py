@@ -7,15 +7,17 @@ the time is counted from the parameters; what the process holds is asked of the 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_cli.commands.kernels import Attention, Sizes, count_kernels
 from lora_cli.commands.plan import Plan
 from lora_cli.commands.trainable import prepare, quantize_base
-from lora_cli.data.batches import StepPlan, largest_evaluation_batch, tokens_of
+from lora_cli.data.batches import StepPlan, collate, evaluation_rows, tokens_of
 from lora_cli.data.encoding import Example
 from lora_cli.device import KERNELS_KEPT, available_bytes, process_bytes
 from lora_cli.distributed import World
@@ -40,9 +42,9 @@ from lora_cli.training.rehearsal import StepBytes, guess_step, rehearse_evaluati
 # pass scatters what is kept among what is not, and about doubles the place it takes.
 WAKING_BYTES = 80 * 10**6
 HEAP_SHARE, HEAP_SHARE_CHECKPOINTING = 0.2, 1.0
-# Of a product's size that oneDNN has met: its kernel, and what it leaves unusable around it. A line of another length
-# brings about so many sizes; only the first steps are looked at, since soon there are as many as are kept.
-KERNEL_BYTES, SIZES_OF_A_LINE, STEPS_LOOKED_AT = 800_000, 40, 32
+# Of a product's size that oneDNN has met: its kernel, and what it leaves unusable around it. More than that where more sizes
+# come than are kept, and every new one takes an old one's place.
+KERNEL_BYTES, KERNEL_BYTES_IN_TURN = 650_000, 800_000
 MARGIN = 0.1  # of the limit, left free: other programs and an inexact plan
 
 BY_LOOKS = "how the model is run is judged by the looks of its modules"
@@ -150,6 +152,10 @@ class MemoryPlanner:
         whole = frozen if on_cpu else kept  # the host reads all of the base's files
         cached = self.plan.cache.bytes_in_memory if on_cpu and self.plan.cache is not None else 0
         resident = self.process + kept + 4 * trained + cached
+        evaluated = self._evaluated(steps)
+        evaluation = self._evaluation(evaluated)
+        kernels = self._kernels(steps, evaluated) if on_cpu else 0
+        around = leftover + (int(HEAP_SHARE * evaluation) + kernels if on_cpu and evaluated else 0)
         return MemoryPlan(
             process=self.process,
             weights=kept,
@@ -161,9 +167,9 @@ class MemoryPlanner:
             temporaries=max(0, peak - step.kept - logits),
             gathered=gathered,
             cached=cached,
-            heap=leftover + int(share * peak) + self._kernels(steps) if on_cpu else 0,
+            heap=leftover + int(share * peak) + kernels if on_cpu else 0,
             loading=self.process + self._loading(whole + trained, on_cpu) + (leftover if on_cpu else largest),
-            evaluation=resident + leftover + gathered + self._evaluation(steps),
+            evaluation=resident + gathered + evaluation + around,
             saving=resident + leftover + 4 * trained,  # moments cut apart, and their bytes
             rows=len(batch),
             tokens=tokens_of(batch, self.network.layout),
@@ -171,16 +177,26 @@ class MemoryPlanner:
             estimated=BY_LOOKS if self.rehearsed else BY_SIZES,
         )
 
-    def _kernels(self, steps: StepPlan) -> int:
-        """What oneDNN keeps for the sizes of products that the run brings."""
+    def _kernels(self, steps: StepPlan, evaluated: list[list[Example]]) -> int:
+        """What oneDNN keeps for the sizes of products that the run brings, its first evaluation among it."""
         if self.plan.dtype != torch.bfloat16 and not onednn_multiplies():
             return 0
-        layout, first = self.network.layout, World(0, steps.num_processes)
-        of_steps = range(min(self.plan.total_steps, STEPS_LOOKED_AT))
-        batches = (rows for step in of_steps for rows in steps.micro_batches(self.plan.dataset.train, step, first))
-        tokens = {tokens_of(rows, layout) for rows in batches}
-        lines = {number + layout.filling(number) for number in tokens}
-        return min(KERNELS_KEPT, SIZES_OF_A_LINE * len(lines)) * KERNEL_BYTES
+        made = self._sizes_met(steps, evaluated)
+        return made * KERNEL_BYTES if made <= KERNELS_KEPT else KERNELS_KEPT * KERNEL_BYTES_IN_TURN
+
+    def _sizes_met(self, steps: StepPlan, evaluated: list[list[Example]]) -> int:
+        first, of_steps = World(0, steps.num_processes), range(self.plan.total_steps)
+        trained = (rows for step in of_steps for rows in steps.micro_batches(self.plan.dataset.train, step, first))
+        return count_kernels(*(self._sizes(groups) for groups in (trained, evaluated)))
+
+    def _sizes(self, groups: Iterable[list[Example]]) -> Sizes:
+        layout, config = self.network.layout, self.model.config
+        heads = int(getattr(config, "num_attention_heads", 0) or 0) if layout.end_to_end else 0
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        attention = Attention(heads, kv_heads, self.plan.dtype, self._is_causal)
+        vocabulary = int(getattr(config.get_text_config(), "vocab_size", 1))
+        most = positions_at_a_time(vocabulary, self.plan.device.type)
+        return Sizes.of((collate(rows, 0, layout) for rows in groups), attention, most)
 
     def _loading(self, kept: int, on_cpu: bool) -> int:
         """A base is quantized where it is read, from a dense one that is there as a whole."""
@@ -205,21 +221,29 @@ class MemoryPlanner:
         """What attention keeps in each layer."""
         heads = int(getattr(self.model.config, "num_attention_heads", 0) or 1)
         query = torch.empty(1, heads, 1, dtype=self.plan.dtype, device="meta")
-        sight = Sight(1.0, causal=self.plan.recipe.task == "causal_lm" or hasattr(self.model, "score"))
+        sight = Sight(1.0, causal=self._is_causal)
         return tiling_of(Rows.of([len(row.input_ids) for row in rows]), query, query, sight).num_kept
 
-    def _evaluation(self, steps: StepPlan) -> int:
-        if not self.plan.dataset.eval:
-            return 0
+    def _evaluated(self, steps: StepPlan) -> list[list[Example]]:
+        """The rows of each batch of an evaluation."""
         plan, layout = self.plan, self.network.layout
         asked = plan.recipe.training.per_device_eval_batch_size
         size, tokens = evaluation_size(asked, steps, plan.dataset.train, plan.total_steps, layout)
-        rows = largest_evaluation_batch(plan.dataset.eval, size, layout, tokens)
+        return list(evaluation_rows(plan.dataset.eval, size, layout, tokens))
+
+    def _evaluation(self, evaluated: list[list[Example]]) -> int:
+        if not evaluated:
+            return 0
+        rows = max(evaluated, key=lambda some: tokens_of(some, self.network.layout))
         if not self.rehearsed:  # what one layer keeps is about what is alive at one time
             guessed = self._guess(rows, checkpointing=False)
             return guessed.peak - guessed.kept
         outline = outline_batch(rows, self.network.layout, self.plan.device)
         return rehearse_evaluation(self.network, TASKS[self.plan.recipe.task], outline, self.plan.device)
+
+    @property
+    def _is_causal(self) -> bool:
+        return self.plan.recipe.task == "causal_lm" or hasattr(self.model, "score")
 
     def _mapped(self) -> int:
         """Bytes of weights whose pages are the files' own: the processes of a machine have them once together."""

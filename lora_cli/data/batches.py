@@ -284,15 +284,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All rows once, the longest first, so that memory runs out at once or never.
 
-    A batch is ``size`` rows, or fewer where those would be more than ``max_tokens``; a single row always is one.
+    Batches are those of ``evaluation_rows``.
     """
-    return (collate(rows, pad_id, layout) for rows in _evaluation_rows(examples, size, layout, max_tokens))
-
-
-def largest_evaluation_batch(
-    examples: list[Example], size: int, layout: Layout = PADDED, max_tokens: int | None = None
-) -> list[Example]:
-    return max(_evaluation_rows(examples, size, layout, max_tokens), key=lambda rows: tokens_of(rows, layout))
+    return (collate(rows, pad_id, layout) for rows in evaluation_rows(examples, size, layout, max_tokens))
 
 
 def tokens_of(rows: list[Example], layout: Layout) -> int:
@@ -301,9 +295,10 @@ def tokens_of(rows: list[Example], layout: Layout) -> int:
     return sum(lengths) if layout.end_to_end else max(lengths) * len(lengths)
 
 
-def _evaluation_rows(
+def evaluation_rows(
     examples: list[Example], size: int, layout: Layout, max_tokens: int | None
 ) -> Iterator[list[Example]]:
+    """``size`` rows, or fewer where those would be more than ``max_tokens``; a single row always is a batch."""
     rows: list[Example] = []
     for example in sorted(examples, key=lambda e: -len(e.input_ids)):
         too_many = max_tokens is not None and tokens_of([*rows, example], layout) > max_tokens

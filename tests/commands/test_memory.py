@@ -136,20 +136,27 @@ def test_logits_are_a_chunk_or_all_of_them(recipe):
     assert memory(recipe(), "model.dtype=bfloat16").logits == targets * VOCABULARY * (2 + 4)
 
 
-def test_kernels_are_kept_for_the_sizes_of_lines_where_onednn_multiplies(recipe, monkeypatch):
-    """A length brings forty of them, however often it comes; and no more than fit are kept."""
-    lengths = set()
+def test_kernels_are_kept_for_the_sizes_of_products_where_onednn_multiplies(recipe, monkeypatch):
     found = planner(recipe(), "model.dtype=bfloat16")
-    steps, rows = found.plan.steps, found.plan.dataset.train
-    for step in range(found.plan.total_steps):
-        lengths |= {sum(len(row.input_ids) for row in batch) for batch in steps.micro_batches(rows, step)}
-    lines = {length if length < 160 else -(-length // 16) * 16 for length in lengths}
-    assert 2 <= len(lines) < len(lengths), "some are alike when they are filled up"
-    assert found._kernels(steps) == 40 * len(lines) * 800_000
     whole = found.memory()
+    assert found._kernels(found.plan.steps, []) > 0
     monkeypatch.setattr(memory_module, "KERNELS_KEPT", 50)
-    assert whole.heap - found.memory().heap == (40 * len(lines) - 50) * 800_000
-    assert planner(recipe(), "model.dtype=float32")._kernels(steps) == 0, "small matrices are MKL's"
+    few = found.memory()
+    assert few.heap < whole.heap
+    assert few.evaluation == whole.evaluation, "there is none"
+    monkeypatch.setattr(memory_module, "KERNELS_KEPT", 40)
+    assert few.heap - found.memory().heap == 10 * memory_module.KERNEL_BYTES_IN_TURN, "no more than fit are kept"
+    assert planner(recipe(), "model.dtype=float32")._kernels(found.plan.steps, []) == 0, "small matrices are MKL's"
+
+
+def test_an_evaluation_of_new_sizes_brings_kernels_that_stay(recipe):
+    """They are there while training, too; lines of sizes that training knows bring none."""
+    alike = memory(recipe(rows=8), "model.dtype=bfloat16")
+    other = memory(recipe(rows=24), "model.dtype=bfloat16", "dataset.eval_size=16", "training.max_steps=1")
+    few = memory(recipe(rows=24), "model.dtype=bfloat16", "dataset.eval_size=1", "training.max_steps=1")
+    assert other.heap > few.heap
+    assert other.evaluation - few.evaluation >= other.heap - few.heap > 0
+    assert alike.heap > 0
 
 
 def test_the_total_is_the_sum_of_its_parts(recipe):

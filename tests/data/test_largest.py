@@ -10,7 +10,7 @@ from lora_cli.data.batches import (
     Layout,
     StepPlan,
     evaluation_batches,
-    largest_evaluation_batch,
+    evaluation_rows,
     tokens_of,
 )
 from lora_cli.data.encoding import Example
@@ -51,5 +51,6 @@ def test_a_row_longer_than_allowed_is_a_batch_of_its_own():
     assert [batch.num_rows for batch in evaluation_batches(examples(30, 2, 2), 4, 0, LINE, max_tokens=8)] == [1, 2]
 
 
-def test_the_largest_evaluation_batch():
-    assert len(largest_evaluation_batch(examples(8, 3, 3, 3, 3, 3, 3), 4, LINE, max_tokens=10)) == 3
+def test_the_rows_of_evaluation_batches_are_known_without_collating_any():
+    found = evaluation_rows(examples(8, 3, 3, 3, 3, 3, 3), 4, LINE, max_tokens=10)
+    assert [len(rows) for rows in found] == [1, 3, 3]
