@@ -42,8 +42,8 @@ from lora_cli.training.rehearsal import StepBytes, guess_step, rehearse_evaluati
 # pass scatters what is kept among what is not, and about doubles the place it takes.
 WAKING_BYTES = 80 * 10**6
 HEAP_SHARE, HEAP_SHARE_CHECKPOINTING = 0.2, 1.0
-# Of a product's size that oneDNN has met: its kernel, and what it leaves unusable around it. More than that where more sizes
-# come than are kept, and every new one takes an old one's place.
+# Of a product's size that oneDNN has met: its kernel, and what it leaves unusable around it. More where more sizes come
+# than are kept, and every new one takes an old one's place.
 KERNEL_BYTES, KERNEL_BYTES_IN_TURN = 650_000, 800_000
 MARGIN = 0.1  # of the limit, left free: other programs and an inexact plan
 

@@ -48,6 +48,7 @@ SHAPES = {
     "135m-bfloat16-dropout": _llama("bfloat16", **{"lora.lora_dropout": 0.05}),
     "135m-bfloat16-dora": _llama("bfloat16", **{"lora.use_dora": True}),
     "135m-bfloat16-nf4": _llama("bfloat16", **{"model.quantization": "nf4"}),
+    "135m-bfloat16-evaluated": _llama("bfloat16", **{"dataset.eval_size": 40}),
     "135m-bfloat16-padded": _llama("bfloat16", **{"model.attn_implementation": "sdpa"}),
     "135m-bfloat16-top-10": _llama("bfloat16", **{"lora.layers_to_transform": list(range(20, 30))}),
     "135m-bfloat16-top-10-cached": _llama(
