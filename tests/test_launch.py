@@ -212,3 +212,25 @@ def test_a_process_of_several_does_not_wait_for_python_to_take_itself_apart(argu
     assert run.stdout.startswith(said)
     assert run.stdout.endswith("the last word")
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGABRT
+
+
+@pytest.mark.slow
+def test_the_real_torchrun_gives_the_run_that_the_flag_gives(recipe, tmp_path):
+    path = str(recipe(**{"training.max_steps": 2}))
+    variables = {name: value for name, value in os.environ.items() if name not in VARIABLES} | HERE_ONLY
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lora_cli",
+    ]
+    for command in (torchrun, [sys.executable, "-m", "lora_cli"]):
+        own = [] if command is torchrun else ["--nproc-per-node", "2"]
+        folder = f"output_dir={tmp_path / str(len(command))}"
+        assert subprocess.run([*command, "train", path, folder, *own], env=variables, check=False).returncode == 0
+    one, other = (tmp_path / str(n) / "adapter" / "adapter_model.safetensors" for n in (len(torchrun), 3))
+    assert one.read_bytes() == other.read_bytes()

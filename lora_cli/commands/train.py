@@ -240,7 +240,8 @@ def seed_dropout(plan: Plan, state: State, world: World) -> None:
     A checkpoint of as many processes holds where their streams stand, and ``restore`` puts that back; where the
     number of processes has changed, the streams begin anew, named by step and rank.
     """
-    names: list[str | int] = ["dropout", *([state.step] if state.step else []), *([world.rank] if world.rank else [])]
+    later, other = ["from", state.step] if state.step else [], [world.rank] if world.rank else []
+    names: list[str | int] = ["dropout", *later, *other]
     torch.manual_seed(stream_seed(plan.recipe.training.seed, *names))
 
 

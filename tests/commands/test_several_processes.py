@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.commands import train as train_command
+from lora_cli.commands.plan import make_plan
 from lora_cli.distributed import World
 from lora_cli.errors import OutOfMemoryError, ToldElsewhere
 from lora_cli.recipe import load_recipe
 from lora_cli.report.training import Silence
+from lora_cli.training.checkpoint import State
 from tests.conftest import chat_rows, write_jsonl
 from tests.processes import Ranks, finish, printed, start
 
@@ -308,3 +310,45 @@ def test_a_folder_that_cannot_be_written_ends_both_with_code_5(recipe, tmp_path)
     assert [finish(process) for process in processes] == [5, 5]
     assert printed(folder / "rank-0").count("error:") == 1
     assert printed(folder / "rank-1") == ""
+
+
+# --- what each draws for itself, and what all have from one -----------------------------------------------------------
+
+
+def test_no_two_processes_drop_the_same_units_nor_does_a_run_that_goes_on_repeat_itself(recipe):
+    plan, draws = make_plan(load_recipe(recipe())), set()
+    for step in range(4):
+        for rank in range(4):
+            train_command.seed_dropout(plan, State(step=step), World(rank, 4))
+            draws.add(float(torch.rand(1, dtype=torch.float64)))
+    assert len(draws) == 16
+    train_command.seed_dropout(plan, State(step=0), World())
+    alone = torch.rand(8)
+    train_command.seed_dropout(plan, State(step=0), World(0, 2))
+    assert torch.equal(torch.rand(8), alone), "the main process goes on as a single one would"
+
+
+def beginning_of(world: World, path: str) -> list[float]:
+    """The values that a process begins with whose own arithmetic is a little off."""
+    from lora_cli.commands import building
+
+    begin = building.begin
+
+    def off(model: Any, *anything: Any) -> None:
+        begin(model, *anything)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * world.rank)
+
+    building.begin = off
+    loaded = load_recipe(Path(path))
+    plan = make_plan(loaded, world=world)
+    model = building.build_model(plan, Path(loaded.recipe.model.path), world=world)
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).tolist()
+
+
+def test_all_begin_with_the_main_ones_values(recipe):
+    path = str(recipe(**{"lora.trainable_token_indices": [5, 9]}))
+    first, second = Ranks(2).call(beginning_of, path)
+    assert first == second
+    assert beginning_of(World(1, 1), path) != first, "the negative control: by itself it is off"

@@ -392,3 +392,89 @@ def test_dropout_changes_the_gradient_of_a_step_only_while_training():
 
 def test_a_run_whose_steps_are_all_done_makes_no_step():
     assert steps_of(adapted(), 4, settings=replace(SETTINGS, total_steps=0)) == []
+
+
+def test_filling_draws_no_dropout_that_the_next_batch_would_have_drawn():
+    """A process with nothing left to do runs a row again, so that layers in pieces are gathered by all at once."""
+    model = adapted()
+    for layer in adapters_of(model).values():
+        layer.dropout = nn.Dropout(0.5)
+    network = Network(model)
+    batch = collate(EXAMPLES[:1], 0)
+
+    def draw_behind(filling: list[Any]) -> Tensor:
+        torch.manual_seed(0)
+        accumulate_gradients(network, CausalLM, [batch], CPU, filling=filling)
+        return torch.rand(4)
+
+    expected = draw_behind([])
+    assert torch.equal(draw_behind([batch, batch]), expected)
+    torch.manual_seed(0)
+    assert not torch.equal(torch.rand(4), expected), "the batch itself has drawn"
+
+
+# --- waiting for the device -----------------------------------------------------------------------------------------
+
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_dim.default,
+    torch.ops.aten.equal.default,
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """On a GPU these operations wait until it has done all that it was given."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = args[1] if func is torch.ops.aten.index.Tensor else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in chosen)
+        assert func not in WAITS and not by_mask, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class Impatient(CausalLM):
+    @staticmethod
+    def loss_sum(network: Network, batch: Any) -> Tensor:
+        loss = CausalLM.loss_sum(network, batch)
+        return loss * float(loss.detach() > 0)
+
+
+class Watched(FlatAdamW):
+    """Nothing may wait up to the update, which on a CPU is made or left out by the host's choice."""
+
+    def update(self, finite: Tensor) -> None:
+        with torch.utils._python_dispatch._disable_current_modes():
+            super().update(finite)
+
+
+def step_without_waiting(network: Network, task: Any) -> None:
+    optimizer = Watched(network.model, TrainingSection())
+    with NoWaiting():
+        train_step(network, task, cut(EXAMPLES, 2, network.layout), optimizer, 1.0, CPU)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_a_step_asks_the_device_for_nothing_until_its_end(kind):
+    """Rows end to end; of padded ones transformers asks whether there is padding."""
+    step_without_waiting(fast(adapted(kind)), CausalLM)
+
+
+def test_a_step_that_asks_in_between_is_found():
+    with pytest.raises(AssertionError, match="waits for the device"):
+        step_without_waiting(fast(adapted()), Impatient)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_it_at_its_end_only():
+    device = torch.device("cuda")
+    network = fast(adapted(dtype=torch.bfloat16).to(device))
+    optimizer = FlatAdamW(network.model, TrainingSection())
+    batches = cut(EXAMPLES, 2, network.layout)
+    train_step(network, CausalLM, batches, optimizer, 1.0, device)
+    torch.cuda.set_sync_debug_mode("error")
+    train_step(
+        network, CausalLM, batches, optimizer, 1.0, device, meanwhile=lambda: torch.cuda.set_sync_debug_mode("default")
+    )
