@@ -19,7 +19,8 @@ from lora_cli.data.batches import StepPlan
 from lora_cli.data.dataset import Dataset, label_counts
 from lora_cli.device import available_bytes, choose_device, choose_dtype
 from lora_cli.distributed import ALONE, World
-from lora_cli.errors import Mistake, Problems, RecipeError, StorageError
+from lora_cli.errors import Mistake, Problems, RecipeError, StorageError, UsageError
+from lora_cli.hub import ModelFolder, weight_files
 from lora_cli.models import add_tokens, load_config, load_tokenizer, num_embeddings, quiet, set_labels
 from lora_cli.ops.packing import library
 from lora_cli.recipe import LoadedRecipe, Recipe, TrainingSection, located
@@ -120,6 +121,7 @@ def make_plan(loaded: LoadedRecipe, *, remote_code: bool = False, world: World =
             dtype,
             disk_bytes(model.counted, recipe, cache, backbone_bytes(model, recipe)),
             [
+                *_weight_notes(folder),
                 *_notes(loaded, config, dataset),
                 *cache_notes(cache, steps.epoch_of(total), bool(dataset.eval)),
                 *_process_notes(recipe, world.size),
@@ -219,6 +221,17 @@ def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> 
         ]
         notes += [f"training.{key} has no effect without evaluation rows" for key in idle]
     return notes
+
+
+def _weight_notes(folder: ModelFolder | None) -> list[str]:
+    """A plan needs no weights, and training does. Those of the hub are not here yet."""
+    if folder is None or folder.commit is not None:
+        return []
+    try:
+        weight_files(folder.path)
+    except UsageError as error:
+        return [f"this can be planned and not be trained: {error.message}"]
+    return []
 
 
 def _process_notes(recipe: Recipe, processes: int) -> list[str]:

@@ -240,8 +240,9 @@ def seed_dropout(plan: Plan, state: State, world: World) -> None:
     A checkpoint of as many processes holds where their streams stand, and ``restore`` puts that back; where the
     number of processes has changed, the streams begin anew, named by step and rank.
     """
-    later, other = ["from", state.step] if state.step else [], [world.rank] if world.rank else []
-    names: list[str | int] = ["dropout", *later, *other]
+    names: list[str | int] = ["dropout"]
+    names += ["from", state.step] if state.step else []
+    names += [world.rank] if world.rank else []
     torch.manual_seed(stream_seed(plan.recipe.training.seed, *names))
 
 

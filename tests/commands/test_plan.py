@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,14 @@ def test_padding_is_filled_with_the_pad_token_or_else_any_id_of_the_vocabulary(p
     made.tokenizer.pad_token_id = pad
     made.model.config.pad_token_id = None
     assert made.pad_id == expected
+
+
+def test_a_folder_without_weights_is_planned_with_a_note(plan, model_folder, tmp_path):
+    folder = tmp_path / "light"
+    shutil.copytree(model_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    note = f"this can be planned and not be trained: {folder} holds no model.safetensors"
+    assert note in plan(**{"model.path": str(folder)}).notes
+    assert not any("planned" in text for text in plan().notes)
 
 
 def test_a_random_base_is_planned_from_its_inline_configuration(plan, model_folder):

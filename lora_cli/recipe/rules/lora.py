@@ -22,7 +22,7 @@ def _method_keys(recipe: Recipe, source: Source) -> Iterator[Mistake]:
     allowed = {"modules_to_save"} if recipe.method == "head" else set()
     for key in LoraSection.model_fields:
         if was_changed(recipe.lora, "lora", key, source) and key not in allowed:
-            yield Mistake(("lora", key), f"has no effect with method: {recipe.method}", "remove it")
+            yield Mistake(("lora", key), f"has no effect with method: {recipe.method}", "remove it, or type lora={}")
     if recipe.method == "head" and recipe.task == "causal_lm" and not recipe.lora.modules_to_save:
         yield Mistake(
             ("method",),
