@@ -105,7 +105,7 @@ def test_what_is_no_adapter_is_told_at_the_key(recipe, tmp_path, lora):
 
 def test_an_adapter_below_the_output_folder_is_not_set_aside(recipe, model_folder, tmp_path, lora):
     our_adapter(model_folder("llama"), tmp_path / "run" / "adapter", "causal_lm")
-    (tmp_path / "run" / "recipe.yaml").write_text("")
+    (tmp_path / "run" / "resolved.yaml").write_text("")
     result = lora("train", trained_from(recipe, tmp_path / "run" / "adapter"), "--fresh")
     assert result.code == 2
     assert "lora.init_from lies in output_dir, which --fresh sets aside" in result.err

@@ -152,7 +152,7 @@ def test_a_backbone_that_was_lost_is_not_made_again_for_old_checkpoints(loftq, l
 
 def test_killed_before_the_first_checkpoint_it_is_made_anew(loftq, lora, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("")
+    (tmp_path / "run" / "resolved.yaml").write_text("")
     (tmp_path / "run" / "backbone").mkdir()
     (tmp_path / "run" / "backbone" / "config.json").write_text("of another recipe")
     assert lora("train", loftq(), "--json").code == 0

@@ -340,10 +340,11 @@ def beginning_of(world: World, path: str) -> list[float]:
             if parameter.requires_grad:
                 parameter.data.add_(0.1 * world.rank)
 
-    building.begin = off
     loaded = load_recipe(Path(path))
     plan = make_plan(loaded, world=world)
-    model = building.build_model(plan, Path(loaded.recipe.model.path), world=world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "begin", off)
+        model = building.build_model(plan, Path(loaded.recipe.model.path), world=world)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).tolist()
 
 
