@@ -271,6 +271,7 @@ def load_tokenizer(section: ModelSection, *, remote_code: bool = False) -> PreTr
 
 
 def read_tokenizer(folder: Path, *, remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Raises ``UsageError`` for a folder without a fast tokenizer, or with one that has no words."""
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)

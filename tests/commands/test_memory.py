@@ -150,13 +150,11 @@ def test_kernels_are_kept_for_the_sizes_of_products_where_onednn_multiplies(reci
 
 
 def test_an_evaluation_of_new_sizes_brings_kernels_that_stay(recipe):
-    """They are there while training, too; lines of sizes that training knows bring none."""
-    alike = memory(recipe(rows=8), "model.dtype=bfloat16")
+    """They are there while training, too."""
     other = memory(recipe(rows=24), "model.dtype=bfloat16", "dataset.eval_size=16", "training.max_steps=1")
     few = memory(recipe(rows=24), "model.dtype=bfloat16", "dataset.eval_size=1", "training.max_steps=1")
     assert other.heap > few.heap
     assert other.evaluation - few.evaluation >= other.heap - few.heap > 0
-    assert alike.heap > 0
 
 
 def test_the_total_is_the_sum_of_its_parts(recipe):
