@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: it finishes its step, saves and leaves.
 
 Where several processes train together, a signal may reach any of them. Each votes in the sums that a step
-makes anyway, so all of them stop after the same step.
+makes anyway, so all of them stop after the same step. A signal is sent to one process after the other: it may
+reach one that has stopped for another's sake, and must not end it before it has said so.
 """
 
 from __future__ import annotations
@@ -50,7 +51,12 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._comes_late(number) else handler)
+
+    def _comes_late(self, number: int) -> bool:
+        """Whether all processes are leaving already, and this signal asks for nothing else."""
+        impatient = number == signal.SIGINT and self.noted is not None
+        return not self._alone and bool(self) and not impatient
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.noted is not None and signum == signal.SIGINT:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,18 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint_and_resuming_is_
     assert f"resuming after step {step} of 6" in printed(tmp_path / "resumed" / "rank-0", "stdout")
     one, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole"))
     assert one == other
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_again_and_again_while_the_run_leaves_ends_nothing(recipe, tmp_path, number):
+    """As launchers, schedulers and the watch for a lost launcher send it: to one process after the other."""
+    processes = Ranks(2).start(tmp_path, "train", recipe(**{"training.max_steps": 4000}))
+    wait_for_step(tmp_path / "run", 2)
+    while processes[0].is_alive():
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(processes[0].pid, number)
+    assert [finish(process) for process in processes] == [128 + number, 128 + number]
+    assert "everything is saved" in printed(tmp_path / "rank-0")
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from lora_cli.distributed import World
 from lora_cli.training.signals import STOPPING, StopRequest
 
 
@@ -52,6 +53,27 @@ def test_the_handlers_of_before_are_put_back_even_after_an_error():
     with pytest.raises(ValueError, match="inside"):
         work()
     assert [signal.getsignal(number) for number in STOPPING] == before != during
+
+
+@pytest.mark.parametrize(
+    ("agreed", "noted", "ignored"),
+    [
+        (None, None, []),
+        (None, signal.SIGTERM, []),  # the run failed before all knew of it
+        (signal.SIGTERM, None, [*STOPPING]),
+        (signal.SIGTERM, signal.SIGTERM, [signal.SIGTERM, signal.SIGUSR1]),  # Ctrl-C is meant
+        (signal.SIGINT, signal.SIGINT, [signal.SIGTERM, signal.SIGUSR1]),
+    ],
+)
+def test_what_reaches_one_of_several_processes_late_does_not_end_it(monkeypatch, agreed, noted, ignored):
+    now = {number: signal.getsignal(number) for number in STOPPING}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: now.update({number: handler}) or signal.SIG_DFL)
+    stop = StopRequest(World(rank=1, size=2))
+    with stop:
+        stop.noted = noted
+        stop.count([float(number == agreed) for number in STOPPING])
+    assert [number for number, handler in now.items() if handler == signal.SIG_IGN] == ignored
+    assert all(handler == signal.SIG_DFL for number, handler in now.items() if number not in ignored)
 
 
 def test_in_another_thread_no_handler_is_set_and_nothing_fails():
