@@ -12,10 +12,13 @@ Counted is, for each step of the measured passes, in the step's dtype and at its
 Where lora has float32 multiplied by the faster of torch's two libraries, that is the limit; what torch makes of the
 same products by itself, and so for everybody else, is measured as well.
 
-Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. Each
-layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd sizes,
-the passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be faster than
-this without multiplying less or multiplying differently; what lacks to 100 % is what everything else costs.
+Not counted: adapters, attention itself, norms, activations, rotations, the loss, the optimizer, reading rows. The
+products of adapters and attention (``smaller``) are measured besides, each alone: what is left of the limit with them
+is as far as a step could come that computes nothing else.
+
+Each layer has weights of its own, so they come from memory as they do in training. As some libraries are slow at odd
+sizes, the passes also run with N filled up to a multiple of 48, and the faster way is the limit. A step cannot be
+faster than this without multiplying less or multiplying differently; what lacks to 100 % is what all else costs.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from torch.nn import functional as F
 
 from lora_cli.device import keep_freed_memory
 from lora_cli.ops.products import choose_products
-from tests.benchmarks.products import BY_ITSELF, Product, product_flops, products
+from tests.benchmarks.products import BY_ITSELF, WITH_SMALLER, Product, product_flops, products
 from tests.benchmarks.shapes import SHAPES, Shape
+from tests.benchmarks.smaller import Small, smaller_products
 
 MULTIPLES = (1, 48)
 Sizes = tuple[int, int]  # tokens, supervised positions
@@ -57,7 +61,12 @@ def measure_limit(shape: Shape) -> dict[str, float]:
     differs = choose_products((weight.numel() for _, weight in weights), weights[0][1].dtype, device)
     seconds = fastest() if differs else by_itself
     flops = shape.passes * product_flops(shape, shape.rows())
-    found = {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
+    beside = shape.passes * _smaller_seconds([smaller_products(shape, rows) for rows in shape.step_rows()], make)
+    found = {
+        "tokens_per_second": tokens / seconds,
+        "flops_per_second": flops / seconds,
+        WITH_SMALLER: tokens / (seconds + beside),
+    }
     return found | ({BY_ITSELF: tokens / by_itself} if differs else {})
 
 
@@ -86,6 +95,23 @@ def _seconds(
                 if product.input_gradient:
                     given[product.outputs, product.on_targets][: size[product.on_targets]] @ weight
     _wait()
+    return time.perf_counter() - began
+
+
+def _smaller_seconds(steps: list[list[Small]], make: Callable[..., Tensor]) -> float:
+    """Of a pass, after one that is not measured."""
+    every = [product for step in steps for product in step]
+    given, other = (
+        make(max(batch * rows * columns for batch, rows, columns in sizes))
+        for sizes in ([(p.batch, p.m, p.k) for p in every], [(p.batch, p.k, p.n) for p in every])
+    )
+    began = 0.0
+    for _ in range(2):
+        _wait()
+        began = time.perf_counter()
+        for batch, m, k, n in every:
+            torch.bmm(given[: batch * m * k].view(batch, m, k), other[: batch * k * n].view(batch, k, n))
+        _wait()
     return time.perf_counter() - began
 
 

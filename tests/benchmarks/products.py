@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tests.benchmarks.shapes import Row, Shape
 
+WITH_SMALLER = "with_smaller_tokens_per_second"  # of the limit: the adapters' and attention's products, too
 BY_ITSELF = "torch_tokens_per_second"  # of the limit: with the library that torch would take
 
 

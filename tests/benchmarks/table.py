@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.figures import Spread, Values, ratios, scaled
-from tests.benchmarks.products import BY_ITSELF, card_peak
+from tests.benchmarks.products import BY_ITSELF, WITH_SMALLER, card_peak
 
 OURS = "lora"
 MARK = "bench"
@@ -105,6 +105,9 @@ def _limit_rows(limit: dict[str, Values] | str, columns: int) -> list[tuple[str,
         return [(name, limit, *[""] * (columns - 1))]
     tera = Spread.of(scaled(limit["flops_per_second"], 1e-12)).text() + " TFLOP/s"
     rows = [(name, Spread.of(limit["tokens_per_second"]).text(0), tera)]
+    if smaller := _values(limit, WITH_SMALLER):
+        share = _share(smaller, limit["tokens_per_second"])
+        rows.append(("the same, and the products of adapters and attention", Spread.of(smaller).text(0), share))
     if BY_ITSELF in limit:
         rows.append(("the same products as torch multiplies by itself", Spread.of(limit[BY_ITSELF]).text(0), ""))
     return [(*row, *[""] * (columns - 2)) for row in rows]

@@ -19,8 +19,16 @@ from tests.benchmarks.contenders.trainer import trainer_row
 from tests.benchmarks.figures import Spread, ratios
 from tests.benchmarks.memory import process_peak_bytes, resident_bytes
 from tests.benchmarks.processes import Failed, run
-from tests.benchmarks.products import attention_flops, card_peak, model_flops_per_token, product_flops, products
-from tests.benchmarks.shapes import SHAPES, Row, Shape
+from tests.benchmarks.products import (
+    WITH_SMALLER,
+    attention_flops,
+    card_peak,
+    model_flops_per_token,
+    product_flops,
+    products,
+)
+from tests.benchmarks.shapes import RANK, SHAPES, Row, Shape
+from tests.benchmarks.smaller import Small, smaller_products
 from tests.benchmarks.table import markdown, put_between_marks
 
 MICRO = replace(SHAPES["micro"], steps=1)
@@ -68,6 +76,28 @@ def test_the_limit_counts_the_products_of_an_encoder_step():
     layer, keys_and_values = 4 * 32 * 32 + 2 * 32 * 48, 2 * 32 * 32
     first, last = 2 * 8 * (2 * layer - 3 * 32 * 32), 4 * 8 * keys_and_values + 4 * 2 * (layer - keys_and_values)
     assert product_flops(MICRO_ENCODER, rows) == first + last + 4 * 2 * 32 * 32
+
+
+def test_the_smaller_products_are_three_there_and_three_back_of_each_adapter_and_of_attention():
+    """6 N R (I + O) for each adapter, less what nobody below the first layer's q, k, v needs; half of all pairs."""
+    rows = [Row(list(range(16))), Row(list(range(8)))]
+    hidden, inner, kv, tokens, targets = 32, 64, 16, 24, 12
+    qkv = [(hidden, hidden), (hidden, kv), (hidden, kv)]
+    behind = [(hidden, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    first = 6 * tokens * RANK * sum(i + o for i, o in qkv + behind) - 2 * tokens * RANK * 3 * hidden
+    last = 6 * RANK * (tokens * sum(i + o for i, o in qkv[1:]) + targets * sum(i + o for i, o in [qkv[0], *behind]))
+    found = [product.flops for product in smaller_products(MICRO, rows)]
+    assert sum(found) == first + last + attention_flops(MICRO, rows)
+    assert attention_flops(MICRO_ENCODER, rows) < sum(p.flops for p in smaller_products(MICRO_ENCODER, rows))
+
+
+def test_layers_below_the_adapters_have_no_adapters_and_attention_without_a_backward_pass():
+    rows = [Row(list(range(16)))]
+    top = replace(MICRO, top=1)
+    below, both = smaller_products(top, rows), smaller_products(MICRO, rows)
+    adapters = (1 + 3 * 3 + 1) + (1 + 3 + 2) + (1 + 2 * 3 + 2) + (1 + 3 + 2)  # q, k, v need no gradient of their input
+    assert len(both) - len(below) == adapters + 4 + 2  # nor do those of the upper layer, of targets and of tokens
+    assert below[:2] == [Small(2, 16, 8, 16), Small(2, 16, 16, 8)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -245,7 +275,8 @@ DOCUMENT = {
         "small": {
             "title": "a small one",
             "model_flops_per_token": 1e6,
-            "limit": {"tokens_per_second": [200.0, 400.0, 300.0], "flops_per_second": [1e12, 2e12, 3e12]},
+            "limit": {"tokens_per_second": [200.0, 400.0, 300.0], "flops_per_second": [1e12, 2e12, 3e12]}
+            | {WITH_SMALLER: [150.0, 200.0, 180.0]},
             "contenders": {
                 "lora": {
                     "tokens_per_second": [100.0, 300.0, 240.0],
@@ -279,6 +310,7 @@ EXPECTED = """\
 | failing | failed: it broke |  |  |  |  |
 | trl | not installed |  |  |  |  |
 | the limit: matrix products alone | 300 (200-400) | 2.00 (1.00-3.00) TFLOP/s |  |  |  |
+| the same, and the products of adapters and attention | 180 (150-200) | 60 (50-75) % |  |  |  |
 
 **small: ours with one thing changed**
 
