@@ -33,6 +33,7 @@ FREE_KEYS = {
     "training.gradient_accumulation_steps",
     "training.global_batch_size",
     "training.strategy",  # where the frozen base lies
+    "training.use_cpu",  # a machine with another device goes on, too
 }
 
 

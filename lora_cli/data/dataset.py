@@ -106,10 +106,12 @@ def _format_of(section: DatasetSection, task: str, rows: list[Row]) -> str:
     """The format of the first row that fits one: a first row that is bad must not decide for all."""
     try:
         return choose_format(task, section.format, list(rows[0].columns), section.columns)
-    except LoraError:
+    except LoraError as error:
         for row in rows[1:FORMAT_ROWS]:
             with contextlib.suppress(LoraError):
                 return choose_format(task, section.format, list(row.columns), section.columns)
+        if isinstance(error, DataError):
+            raise DataError(f"{rows[0].where}: {error.message}", error.help) from None
         raise
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.data.rows import kind_named
 from lora_cli.errors import DataError, Mistake, RecipeError
 
 Columns = dict[str, Any]
@@ -82,7 +83,7 @@ def _conversations(columns: Columns) -> Dialogue:
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"must be a list of messages, not {type(value).__name__}")
+        raise ValueError(f"must be a list of messages, not {kind_named(value)}")
     if not value:
         raise ValueError("has no messages")
     return value
@@ -90,11 +91,14 @@ def _list(value: Any) -> list[Any]:
 
 def _turn(message: Any, role_key: str, content_key: str) -> dict[str, Any]:
     if not isinstance(message, dict) or role_key not in message or content_key not in message:
-        keys = sorted(message) if isinstance(message, dict) else type(message).__name__
-        raise ValueError(f"a message needs {role_key} and {content_key}, and has {keys}")
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"a message must be an object with {role_key} and {content_key}, not {kind_named(message)}"
+            )
+        raise ValueError(f"a message needs {role_key} and {content_key}, and has {', '.join(message) or 'neither'}")
     role = message[role_key]
     if not isinstance(role, str):
-        raise ValueError(f"a message's {role_key} must be a text, not {type(role).__name__}")
+        raise ValueError(f"a message's {role_key} must be a text, not {kind_named(role)}")
     others = {key: value for key, value in message.items() if key not in (role_key, content_key)}
     return others | {"role": role, "content": _content(message[content_key])}
 
@@ -104,7 +108,7 @@ def _content(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text", "")) for part in value)
     if not isinstance(value, str):
-        raise ValueError(f"a message's content must be a text, not {type(value).__name__}")
+        raise ValueError(f"a message's content must be a text, not {kind_named(value)}")
     return value
 
 
@@ -124,7 +128,7 @@ def _checked_turns(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _string(columns: Columns, name: str) -> str:
     value = columns[name]
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+        raise ValueError(f"{name} must be a text, not {kind_named(value)}")
     return value
 
 

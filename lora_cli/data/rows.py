@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import os.path
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from lora_cli.recipe import DatasetSection
 from lora_cli.recipe.types import SPLIT
 
 SHOWN_BAD_ROWS = 20
+_PLACE = re.compile(r"(?P<file>.*)(:| row )(?P<number>[0-9]+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class Rows:
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+
+
+def kind_named(value: Any) -> str:
+    """What a value of a row is, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")  # Parquet has more
 
 
 def read_rows(section: DatasetSection, paths: list[str], split: str) -> Rows:
@@ -136,7 +146,7 @@ def _json_row(text: str, where: str) -> Row | BadRow:
 
 def _row(value: Any, where: str) -> Row | BadRow:
     if not isinstance(value, dict):
-        return BadRow(where, f"must be a JSON object with columns, not {type(value).__name__}")
+        return BadRow(where, f"must be a JSON object with columns, not {kind_named(value)}")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair; no tokenizer takes it
@@ -243,9 +253,10 @@ def _decoded(path: Path) -> Iterator[str]:
 def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     import tempfile
 
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset, disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # it tells of an error before it raises it
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
@@ -283,9 +294,21 @@ def _read_hub(path: str, name: str | None, split: str, result: Rows) -> None:
 
 def raise_bad_rows(bad: list[BadRow], total: int) -> None:
     """One error for all bad rows, naming the first ones."""
-    shown = "\n".join(f"    {row}" for row in bad[:SHOWN_BAD_ROWS])
+    shown = "\n".join(f"    {row}" for row in _in_order(bad)[:SHOWN_BAD_ROWS])
     more = f"\n    ... and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
     raise DataError(
         f"{len(bad)} of {total} rows cannot be used\n{shown}{more}",
         "mend them, or set dataset.on_bad_row: skip",
     )
+
+
+def _in_order(bad: list[BadRow]) -> list[BadRow]:
+    """File by file; those of a file by line, whether they could not be read or not be used."""
+    files: dict[str, int] = {}
+
+    def place(row: BadRow) -> tuple[int, int]:
+        match = _PLACE.fullmatch(row.where)
+        file, number = (match["file"], int(match["number"])) if match else (row.where, 0)
+        return files.setdefault(file, len(files)), number
+
+    return sorted(bad, key=place)

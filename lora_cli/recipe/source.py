@@ -37,13 +37,13 @@ class Source:
 
     def place(self, path: KeyPath) -> Place:
         """The place of a key, or of the nearest section around it."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self._overridden(path[:length]) or self.places[path[:length]]
-        return Place()
+        found = next((path[:length] for length in range(len(path), 0, -1) if path[:length] in self.places), None)
+        if found is None:
+            return Place()
+        return (self._overridden(path) if found == path else None) or self.places[found]
 
     def _overridden(self, path: KeyPath) -> Place | None:
-        """The argument that changed something inside the section at ``path``, if one did."""
+        """The argument that changed the value at ``path``, or something inside it, if one did."""
         inside = (place for key, place in self.places.items() if key[: len(path)] == path)
         return next((place for place in inside if place.argument is not None), None)
 

@@ -304,6 +304,7 @@ FREE = {
     "training.per_device_eval_batch_size": 1,
     "training.gradient_checkpointing": True,
     "training.strategy": "fsdp",
+    "training.use_cpu": True,
 }
 
 

@@ -144,22 +144,26 @@ def test_a_split_document_counts_as_one_row_and_many_examples(tokenizer: Any):
 # --- bad rows
 
 
-def test_bad_rows_stop_the_run_all_at_once(tokenizer: Any):
-    rows = [*chat_rows(2), dialogue(" "), {"messages": []}, dialogue(3)]
-    write_jsonl(Path("rows.jsonl"), rows)
+def test_bad_rows_stop_the_run_all_at_once_in_the_order_of_their_lines(tokenizer: Any):
+    write_jsonl(Path("rows.jsonl"), [*chat_rows(2), dialogue(" ")])
     with open("rows.jsonl", "a") as file:
         file.write("not json\n")
+        file.write(json.dumps(dialogue(3)) + "\n" * 6 + "also not\n")
     with pytest.raises(DataError) as caught:
         build(tokenizer)
-    assert sorted(caught.value.message.splitlines()) == sorted(
-        [
-            "4 of 6 rows cannot be used",
-            "    rows.jsonl:3: an assistant message is empty",
-            "    rows.jsonl:4: has no messages",
-            "    rows.jsonl:5: a message's content must be a text, not int",
-            "    rows.jsonl:6: is not JSON: Expecting value: line 1 column 1 (char 0)",
-        ]
-    )
+    assert caught.value.message.splitlines() == [
+        "4 of 6 rows cannot be used",
+        "    rows.jsonl:3: an assistant message is empty",
+        "    rows.jsonl:4: is not JSON: Expecting value: line 1 column 1 (char 0)",
+        "    rows.jsonl:5: a message's content must be a text, not a number",
+        "    rows.jsonl:11: is not JSON: Expecting value: line 1 column 1 (char 0)",
+    ]
+
+
+def test_rows_that_fit_no_format_are_named_by_the_first_of_them(tokenizer: Any):
+    write_jsonl(Path("test.jsonl"), [{"a": 1}])
+    with pytest.raises(DataError, match=r"^test\.jsonl:1: the rows have the columns a, which fit no format"):
+        build(tokenizer, chat_rows(3), eval_path="test.jsonl")
 
 
 def test_bad_rows_may_be_skipped_and_are_still_named(tokenizer: Any):
@@ -208,7 +212,7 @@ def test_bad_rows_end_with_code_6_and_their_lines(recipe, lora):
     assert result.code == 6
     assert result.err.startswith("error: 2 of 2 rows cannot be used\n")
     assert "rows.jsonl:1: has no messages\n" in result.err
-    assert "rows.jsonl:2: must be a list of messages, not int\n" in result.err
+    assert "rows.jsonl:2: must be a list of messages, not a number\n" in result.err
 
 
 def test_nothing_supervised_ends_with_code_6(recipe, lora):

@@ -80,7 +80,7 @@ def test_a_text_file_is_one_row(gz: str):
     assert pairs(read(name)) == [(name, {"text": "One.\n\nTwo.\n"})]
 
 
-def test_parquet():
+def test_parquet(capfd):
     import pyarrow
     import pyarrow.parquet
 
@@ -93,6 +93,7 @@ def test_parquet():
     write("broken.parquet", b"PAR1 no")
     with pytest.raises(DataError, match=r"^broken.parquet cannot be read as Parquet: "):
         read("broken.parquet")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_folder_glob_and_list_keep_the_order():
@@ -133,7 +134,7 @@ def test_bad_rows_are_named_by_line_and_the_others_are_read():
     assert pairs(rows) == [("a.jsonl:1", {"n": 1}), ("a.jsonl:10", {"n": 9})]
     assert [line.split(": ")[0] for line in bad(rows)] == [f"a.jsonl:{line}" for line in range(2, 10)]
     assert bad(rows)[0] == "a.jsonl:2: is not JSON: Expecting value: line 2 column 1 (char 7)"
-    assert bad(rows)[1] == "a.jsonl:3: must be a JSON object with columns, not list"
+    assert bad(rows)[1] == "a.jsonl:3: must be a JSON object with columns, not a list"
     assert bad(rows)[4] == "a.jsonl:6: is not UTF-8 text"
     assert bad(rows)[5] == "a.jsonl:7: holds half a character (an escape such as \\ud83d without its other half)"
 

@@ -75,6 +75,12 @@ def test_an_argument_that_replaces_a_section_is_the_place_of_what_it_lacks(tmp_p
     )
 
 
+def test_an_argument_for_another_key_is_not_the_place_of_what_a_section_lacks(tmp_path: Path):
+    assert told("model: m\noutput_dir: o\ndataset:\n  name: x\n", tmp_path, "dataset.max_length=5") == (
+        "recipe.yaml has 1 mistake\n  --> recipe.yaml:3:1\n  3 | dataset:\n    | ^^^^^^^ dataset.path is required"
+    )
+
+
 def test_mistakes_come_in_the_order_of_lines_with_arguments_last(tmp_path: Path):
     text = "output_dir: o\ntraining: {seed: -1}\nlora: {r: 0}\nmodel: m\ndataset: {path: x, max_length: 1}\n"
     places = [line for line in told(text, tmp_path, "task=x").splitlines() if "-->" in line]
