@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_cli.errors import FolderInUseError, StorageError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_NUMBER = re.compile(r"\(os error ([0-9]+)\)")  # how Rust tells of an errno
 
 
 @contextlib.contextmanager
@@ -30,13 +32,19 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        help = "free some space and type the same command again" if full else None
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", help) from error
+        raise _not_written(path, error.errno, error.strerror or str(error)) from error
     except Exception as error:  # safetensors wraps OSError in an exception of its own
         if type(error).__name__ != "SafetensorError":
             raise
-        raise StorageError(f"cannot write {path}: {error}") from error
+        number = _NUMBER.search(str(error))
+        told = (int(number[1]), os.strerror(int(number[1]))) if number else (None, str(error))
+        raise _not_written(path, *told) from error
+
+
+def _not_written(path: Path, number: int | None, reason: str) -> StorageError:
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    help = "free some space and type the same command again" if full else None
+    return StorageError(f"cannot write {path}: {reason}", help)
 
 
 def write_text(path: Path, text: str) -> None:

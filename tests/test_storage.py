@@ -237,8 +237,13 @@ def test_other_refusals_name_the_path_without_that_advice(tmp_path):
 def test_safetensors_own_error_is_a_storage_error_and_a_bug_stays_one(tmp_path):
     from safetensors import SafetensorError
 
-    with pytest.raises(StorageError, match="No space left"), storage_errors(tmp_path):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: Full (os error {errno.ENOSPC})")
+    assert caught.value.message == f"cannot write {tmp_path}: {os.strerror(errno.ENOSPC)}"
+    assert "free some space" in caught.value.help
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path):
+        raise SafetensorError("Error while serializing: something else")
+    assert str(caught.value) == f"cannot write {tmp_path}: Error while serializing: something else"
     with pytest.raises(ZeroDivisionError), storage_errors(tmp_path):
         raise ZeroDivisionError
 

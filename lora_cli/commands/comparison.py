@@ -26,7 +26,7 @@ from lora_cli.commands.agreement import LIMITS, Agreement, compare, compared_row
 from lora_cli.commands.fitted import FittedAdapter, attach_fitted
 from lora_cli.commands.rows import position_limit, read_dataset
 from lora_cli.data.encoding import Example
-from lora_cli.data.rows import read_rows
+from lora_cli.data.rows import raise_bad_rows, read_rows
 from lora_cli.device import memory_errors
 from lora_cli.errors import DataError, LoraError, UsageError
 from lora_cli.models import load_model, num_embeddings, read_config
@@ -172,8 +172,10 @@ def rows_to_compare(
     """Rows to compare on: those asked for, else the run's own held-out rows, else a few sentences."""
     if path is not None:
         section = DatasetSection(path=[path])
-        texts = [_texts(row.columns) for row in read_rows(section, [path], "train").rows]
-        return _plain_rows(tokenizer, texts), path
+        found = read_rows(section, [path], "train")
+        if found.bad:
+            raise_bad_rows(found.bad, len(found.rows) + len(found.bad), "mend them, or name other rows")
+        return _plain_rows(tokenizer, [_texts(row.columns) for row in found.rows]), path
     recipe = fitted.folder.parent / "resolved.yaml"
     if recipe.is_file():
         try:

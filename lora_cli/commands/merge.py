@@ -157,7 +157,8 @@ def _check_space(base: Path, output: Path, wanted: torch.dtype | None) -> None:
     free = free_bytes(output)
     if needed > free:
         raise StorageError(
-            f"the merged model needs {needed / 1e9:.1f} GB at {output}, and {free / 1e9:.1f} GB are free"
+            f"the merged model needs {needed / 1e6:,.1f} MB at {output}, and {free / 1e6:,.1f} MB are free",
+            "free some space, or name another folder with -o",
         )
 
 

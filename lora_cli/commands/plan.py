@@ -192,7 +192,10 @@ def _check_disk(plan: Plan) -> None:
     free = free_bytes(path)
     if plan.disk_bytes > free:
         needs, has = plan.disk_bytes / 1e6, free / 1e6
-        raise StorageError(f"the run needs {needs:,.1f} MB in {path}, and {has:,.1f} MB are free")
+        raise StorageError(
+            f"the run needs {needs:,.1f} MB in {path}, and {has:,.1f} MB are free",
+            "free some space, or choose another output_dir",
+        )
 
 
 def _notes(loaded: LoadedRecipe, config: PreTrainedConfig, dataset: Dataset) -> list[str]:

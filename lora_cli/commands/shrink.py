@@ -59,7 +59,8 @@ def shrink(folder: Path, output: Path, *, rank: int | None = None, keep_energy: 
 
 def _check_wish(rank: int | None, keep_energy: float | None) -> None:
     if (rank is None) == (keep_energy is None):
-        raise UsageError("say how far to shrink", "give one of --rank 4 and --keep-energy 0.99")
+        what = "say how far to shrink" if rank is None else "--rank and --keep-energy cannot both say how far to shrink"
+        raise UsageError(what, "give one of --rank 4 and --keep-energy 0.99")
     if rank is not None and rank < 1:
         raise UsageError(f"--rank {rank} is no rank", "give 1 or more")
     if keep_energy is not None and not 0 < keep_energy <= 1:

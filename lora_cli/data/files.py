@@ -68,6 +68,6 @@ def similar(path: Path) -> str | None:
     """What may have been meant by a path where nothing is."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    names = [entry.name for entry in path.parent.iterdir()]
+    names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]  # a pipe is there, and no file
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / close[0]}?" if close else None

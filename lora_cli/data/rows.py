@@ -292,14 +292,11 @@ def _read_hub(path: str, name: str | None, split: str, result: Rows) -> None:
         result.rows.append(Row(dict(columns), f"{path}[{split}] row {number}"))
 
 
-def raise_bad_rows(bad: list[BadRow], total: int) -> None:
+def raise_bad_rows(bad: list[BadRow], total: int, cure: str = "mend them, or set dataset.on_bad_row: skip") -> None:
     """One error for all bad rows, naming the first ones."""
     shown = "\n".join(f"    {row}" for row in _in_order(bad)[:SHOWN_BAD_ROWS])
     more = f"\n    ... and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    raise DataError(
-        f"{len(bad)} of {total} rows cannot be used\n{shown}{more}",
-        "mend them, or set dataset.on_bad_row: skip",
-    )
+    raise DataError(f"{len(bad)} of {total} rows cannot be used\n{shown}{more}", cure)
 
 
 def _in_order(bad: list[BadRow]) -> list[BadRow]:

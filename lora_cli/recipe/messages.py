@@ -12,12 +12,20 @@ from pydantic_core import ErrorDetails
 from lora_cli.errors import KeyPath, Mistake
 from lora_cli.recipe.schema import Recipe
 
-# Keys that people bring from other tools, and what to write here instead.
+# Keys that people bring from other tools (or with their section, where another one has such a key), and what to write.
 FOREIGN_KEYS = {
     "rank": "did you mean lora.r?",
     "lora_r": "did you mean lora.r?",
     "lora_target_linear": "write lora.target_modules: all-linear",
     "base_model": "did you mean model?",
+    "model.name": "did you mean model.path?",
+    "model_name_or_path": "did you mean model.path?",
+    "data": "did you mean dataset.path?",
+    "file": "did you mean dataset.path?",
+    "files": "did you mean dataset.path?",
+    "train_file": "did you mean dataset.path?",
+    "data_files": "did you mean dataset.path?",
+    "dataset_name": "did you mean dataset.path?",
     "lr": "did you mean training.learning_rate?",
     "epochs": "did you mean training.num_train_epochs?",
     "num_epochs": "did you mean training.num_train_epochs?",
@@ -161,8 +169,8 @@ def _choice(context: dict[str, Any], value: Any) -> str | None:
 def _spelling(path: KeyPath) -> str | None:
     key = str(path[-1])
     siblings = section_keys(path[:-1])
-    if key in FOREIGN_KEYS:
-        return FOREIGN_KEYS[key]
+    if foreign := FOREIGN_KEYS.get(".".join(map(str, path)), FOREIGN_KEYS.get(key)):
+        return foreign
     close = difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.75)
     if close:
         return f"did you mean {close[0]}?"

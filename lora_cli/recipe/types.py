@@ -100,6 +100,9 @@ def trackers(value: Any) -> list[str]:
     raise wrong(f"must be none, {', '.join(Trackers)}, or a list of them, not {_yaml(value)}")
 
 
+_UNLIKE_TEXT = re.compile(r"true|false|null|[-+.0-9e]*")  # without its quotes it would be something else
+
+
 def _yaml(value: Any) -> str:
     """The value as a recipe writes it; long ones only by their kind."""
     if value is None:
@@ -108,6 +111,8 @@ def _yaml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "a section"
+    if isinstance(value, str) and _UNLIKE_TEXT.fullmatch(value):
+        return f"the text '{value}'"
     text = str(value)
     return text if len(text) < 60 else "a long value"
 

@@ -83,11 +83,16 @@ def _short(value: float) -> str:
 
 def _show_difference(console: Console, found: Difference) -> None:
     console.print(f"compared with {found.other}")
-    made = table("module", "count", "cosine", "norm", "distance", right=(1, 2, 3, 4))
-    for name, members in grouped(found.modules, lambda m: m.name, lambda m: m.cosine is None):
-        made.add_row(name, str(len(members)), *_columns(members))
-    console.print(made)
-    console.print("cosine of the updates; change of their norm; norm of their difference over that of this adapter's")
+    if found.modules:
+        made = table("module", "count", "cosine", "norm", "distance", right=(1, 2, 3, 4))
+        for name, members in grouped(found.modules, lambda m: m.name, lambda m: m.cosine is None):
+            made.add_row(name, str(len(members)), *_columns(members))
+        console.print(made)
+        console.print(
+            "cosine of the updates; change of their norm; norm of their difference over that of this adapter's"
+        )
+    else:
+        console.print("nothing can be compared: no module has an update of the same shape in both")
     for text, names in (
         ("only in this adapter", found.only_here),
         ("only in the other", found.only_there),

@@ -131,6 +131,15 @@ def test_an_adapter_compared_with_itself_and_with_another(tmp_path, adapter, mod
     assert "only in this adapter: " in lora("inspect", adapter, tmp_path / "other").out
 
 
+def test_modules_of_other_sizes_are_told_and_no_empty_table_is_shown(tmp_path, adapter, model_folder, lora):
+    base = model_folder("llama", hidden_size=64)
+    our_adapter(base, tmp_path / "wider", "causal_lm")
+    told = lora("inspect", adapter, tmp_path / "wider").out
+    assert "nothing can be compared: no module has an update of the same shape in both\nof other shapes: model" in told
+    assert "cosine" not in told
+    assert "cosine" in lora("inspect", adapter, adapter).out
+
+
 def test_nothing_in_common_is_refused(tmp_path, adapter, model_folder, lora):
     our_adapter(model_folder("gpt2"), tmp_path / "gpt2", "causal_lm")
     result = lora("inspect", adapter, tmp_path / "gpt2")

@@ -488,6 +488,16 @@ def test_a_file_without_rows_is_refused(tmp_path, adapter, lora):
     assert "rows.jsonl" in refused(result, 6, tmp_path / "merged")
 
 
+def test_rows_that_cannot_be_read_are_named_and_not_passed_over(tmp_path, adapter, lora):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat"}\n3\n')
+    told = refused(
+        lora("merge", adapter, "-o", tmp_path / "merged", "--rows", tmp_path / "rows.jsonl"), 6, tmp_path / "merged"
+    )
+    assert "1 of 2 rows cannot be used" in told
+    assert "rows.jsonl:2: must be a JSON object" in told
+    assert "on_bad_row" not in told
+
+
 def test_rows_that_are_not_there_are_refused(tmp_path, adapter, lora):
     result = lora("merge", adapter, "-o", tmp_path / "merged", "--rows", tmp_path / "nowhere.jsonl")
     assert "nowhere.jsonl" in refused(result, 6, tmp_path / "merged")
@@ -538,7 +548,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path, adapter, 
     monkeypatch.setattr(command, "free_bytes", lambda _: 1000)
     monkeypatch.setattr(command, "merge_files", lambda *_: pytest.fail("wrote"))
     told = refused(lora("merge", adapter, "-o", tmp_path / "merged"), 5, tmp_path / "merged")
-    assert "0.0 GB are free" in told
+    assert "0.0 MB are free" in told
 
 
 def test_sigkill_in_the_middle_leaves_no_folder_and_merging_again_works(tmp_path, adapter, merged):

@@ -87,7 +87,7 @@ def test_a_shrunk_adapter_merges(tmp_path, model_folder, lora):
     ("options", "message"),
     [
         ((), "say how far to shrink"),
-        (("--rank", 2, "--keep-energy", 0.5), "say how far to shrink"),
+        (("--rank", 2, "--keep-energy", 0.5), "--rank and --keep-energy cannot both say how far to shrink"),
         (("--rank", 0), "--rank 0 is no rank"),
         (("--keep-energy", 1.5), "--keep-energy 1.5 is no share"),
         (("--keep-energy", 0), "--keep-energy 0.0 is no share"),

@@ -38,6 +38,7 @@ def mistakes(text: str, tmp_path: Path) -> list[Mistake]:
         ("training: {bf16: true}", "write model.dtype: bfloat16"),
         ("training: {warmup_ratio: 0.1}", "write training.warmup_steps with a fraction below 1"),
         ("trust_remote_code: true", FOREIGN_KEYS["trust_remote_code"]),
+        ("data_files: x", "did you mean dataset.path?"),
         ("zzz: 1", "keys here: task, method, model, dataset, lora, training, output_dir"),
     ],
 )
@@ -124,4 +125,10 @@ def test_section_keys():
 
 
 def test_no_foreign_key_is_one_of_ours():
-    assert not set(FOREIGN_KEYS) & {key.split(".")[-1] for key in all_keys()}
+    assert not set(FOREIGN_KEYS) & {*all_keys(), *(key.split(".")[-1] for key in all_keys())}
+
+
+def test_a_key_that_another_section_has_may_mean_something_else_here(tmp_path: Path):
+    """Not dataset.name, which is spelt alike."""
+    (mistake,) = mistakes("model: {name: m}\ndataset: {path: d, name: n}\noutput_dir: o\n", tmp_path)[:1]
+    assert (mistake.path, mistake.help) == (("model", "name"), "did you mean model.path?")

@@ -45,13 +45,21 @@ REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
             ("selectiv", "selectiv"),
             (1, "1"),
             (0, "0"),
+            ("true", "the text 'true'"),
             (None, "empty"),
             (["offload"], "['offload']"),
         ]
     ),
     *(
         (types.count_or_fraction, value, f"must be a count (0 or more) or a fraction between 0 and 1, not {shown}")
-        for value, shown in [(-1, "-1"), (1.0, "1.0"), (-0.1, "-0.1"), (False, "false"), (True, "true"), ("1", "1")]
+        for value, shown in [
+            (-1, "-1"),
+            (1.0, "1.0"),
+            (-0.1, "-0.1"),
+            (False, "false"),
+            (True, "true"),
+            ("1", "the text '1'"),
+        ]
     ),
     *(
         (
@@ -65,7 +73,7 @@ REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
         (check, value, f"must be a text or a list of texts, not {shown}")
         for check in (types.strings, types.text_or_texts)
         for value, shown in [
-            ("", ""),
+            ("", "the text ''"),
             ([""], "['']"),
             ([1], "[1]"),
             (None, "empty"),
@@ -75,7 +83,13 @@ REFUSED: list[tuple[Callable[[Any], Any], Any, str]] = [
     (types.strings, [], "must be a text or a list of texts, not []"),
     *(
         (types.split, value, f"must be a split such as train, train[:1000] or train[10%:50%], not {shown}")
-        for value, shown in [("", ""), ("train[", "train["), ("train[5]", "train[5]"), ("a+b", "a+b"), (3, "3")]
+        for value, shown in [
+            ("", "the text ''"),
+            ("train[", "train["),
+            ("train[5]", "train[5]"),
+            ("a+b", "a+b"),
+            (3, "3"),
+        ]
     ),
     (types.initialisation, False, f"{INITIALISATION}, not false"),
     (types.initialisation, 1, f"{INITIALISATION}, not 1"),
