@@ -15,7 +15,6 @@ import transformers
 import lora_cli
 from lora_cli.adapters.backbone import LoftQReport
 from lora_cli.commands.plan import Plan
-from lora_cli.device import peak_memory_bytes
 from lora_cli.tasks import Metrics
 from lora_cli.training.checkpoint import State
 
@@ -36,13 +35,14 @@ class Summary:
     tokens: int
     tokens_per_second: float
     train_seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the process that took most
     parameters: dict[str, float]
     rows: dict[str, int]
     device: str
     dtype: str
     result: str
     versions: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
     loftq: dict[str, float] | None = None  # bits, iterations, and the median of the layers' relative errors
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,9 +50,14 @@ class Summary:
 
 
 def summarise(
-    plan: Plan, result: Path, state: State, lines: list[dict[str, Any]], loftq: LoftQReport | None = None
+    plan: Plan,
+    result: Path,
+    state: State,
+    lines: list[dict[str, Any]],
+    peaks: list[int],
+    loftq: LoftQReport | None = None,
 ) -> Summary:
-    """The figures of a run that is finished; ``lines`` are those of metrics.jsonl."""
+    """The figures of a run that is finished; ``lines`` are those of metrics.jsonl, ``peaks`` of memory by process."""
     counted = plan.model.counted
     losses = [line["loss"] for line in lines if "loss" in line]
     return Summary(
@@ -68,13 +73,14 @@ def summarise(
         tokens=state.tokens,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         train_seconds=state.seconds,
-        peak_memory_bytes=peak_memory_bytes(plan.device),
+        peak_memory_bytes=max(peaks),
         parameters={"total": counted.total, "trainable": counted.trainable, "percent": counted.percent},
         rows={"train": len(plan.dataset.train), "eval": len(plan.dataset.eval)},
         device=plan.device.type,
         dtype=str(plan.dtype).removeprefix("torch."),
         result=os.fspath(result),
         versions=versions(),
+        processes=len(peaks),
         loftq=loftq.figures if loftq else None,
     )
 

@@ -22,7 +22,7 @@ from lora_cli.commands.output import OutputFolder, adapter_config, save_result
 from lora_cli.commands.plan import Plan, make_plan
 from lora_cli.commands.provenance import read_provenance
 from lora_cli.commands.summary import Summary, summarise
-from lora_cli.device import memory_errors, prepare_for_training
+from lora_cli.device import memory_errors, peak_memory_bytes, prepare_for_training
 from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Mistake, RecipeError
 from lora_cli.fusion.multiplying import products_for
@@ -145,8 +145,9 @@ def train(
                 for tracker in run.trackers:
                     tracker.close()
         # 5. the best adapter, and the figures
+        peaks = world.gather(peak_memory_bytes(plan.device))
         with world.together():
-            return deliver(plan, output, run, standing) if world.is_main else None
+            return deliver(plan, output, run, standing, peaks) if world.is_main else None
 
 
 def check_places(loaded: LoadedRecipe, output: OutputFolder, world: World, *, fresh: bool) -> None:
@@ -246,13 +247,13 @@ def seed_dropout(plan: Plan, state: State, world: World) -> None:
     torch.manual_seed(stream_seed(plan.recipe.training.seed, *names))
 
 
-def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing) -> Outcome:
+def deliver(plan: Plan, output: OutputFolder, run: Run, standing: Standing, peaks: list[int]) -> Outcome:
     """Put the best adapter into the output folder, with the run's figures."""
     state, model = run.state, run.network.model
     if state.best is not None and state.best.step != state.step:
         load_trained(model, read_trained(run.checkpoints.intact(state.best.step)))
     lines = run.metrics.read()
-    summary = summarise(plan, output.result, state, lines, read_report(standing.base))
+    summary = summarise(plan, output.result, state, lines, peaks, read_report(standing.base))
     save_result(output, plan, model, run.adapter_config, summary, standing.identity["base"])
     return Outcome(plan, output, summary, lines)
 

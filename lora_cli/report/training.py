@@ -200,11 +200,12 @@ def _show_curve(console: Console, outcome: Outcome) -> None:
 
 def _closing_facts(outcome: Outcome) -> list[tuple[str, str]]:
     summary, output = outcome.summary, outcome.output
+    most = f" in the largest of {summary.processes} processes" if summary.processes > 1 else ""
     return [
         (
             "took",
             f"{duration(summary.train_seconds)} for {plural(summary.steps, 'step')}; "
-            f"{summary.tokens_per_second:,.0f} tokens/s, peak memory {size(summary.peak_memory_bytes)}",
+            f"{summary.tokens_per_second:,.0f} tokens/s, peak memory {size(summary.peak_memory_bytes)}{most}",
         ),
         ("adapter" if output.method == "lora" else "model", os.fspath(output.result)),
         ("figures", f"{output.summary}, {output.metrics}"),

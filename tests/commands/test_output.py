@@ -136,6 +136,7 @@ def test_the_summary_is_the_json_that_the_command_prints(recipe, lora, tmp_path)
         "tokens_per_second",
         "train_seconds",
         "peak_memory_bytes",
+        "processes",
         "parameters",
         "rows",
         "device",

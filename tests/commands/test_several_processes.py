@@ -85,6 +85,21 @@ def test_a_global_batch_makes_the_same_run_in_one_process_and_in_two(base, recip
     assert printed(tmp_path / "two" / "rank-1", "stdout") == ""
 
 
+def run_with_peaks(world: World, path: Path) -> None:
+    vars(train_command)["peak_memory_bytes"] = lambda device: 10**9 * (1 + world.rank)
+    train_command.train(load_recipe(path), Silence(), world=world)
+
+
+def test_the_peak_of_memory_is_that_of_the_process_that_took_most(recipe, tmp_path):
+    path = recipe(**{"training.max_steps": 1})
+    assert Ranks(2).call(run_with_peaks, path) == [None, None]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["peak_memory_bytes"], summary["processes"]) == (2 * 10**9, 2)
+    assert train(tmp_path / "again", path) == [0, 0]
+    screen = printed(tmp_path / "again" / "rank-0", "stdout")
+    assert "peak memory 2.0 GB in the largest of 2 processes" in " ".join(screen.split())
+
+
 def test_auto_in_two_processes_is_the_size_that_both_have_room_for(recipe, tmp_path):
     shared = {"training.gradient_accumulation_steps": 1, "training.max_steps": 3}
     auto = recipe(**shared, **{"training.per_device_train_batch_size": "auto"})
