@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -69,7 +70,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.into and not options.table:
         parser.error("--into goes with --table")
     options.shapes = options.shapes or [*DEFAULT_SHAPES, OTHER]
-    options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    options.command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     return options
 
 
