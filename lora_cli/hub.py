@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import StorageError, UsageError, first_line
+from lora_cli.storage import FULL
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "tokenizer*"]
@@ -63,7 +63,7 @@ def _download(name: str, revision: str | None, patterns: list[str], how: dict[st
     except RevisionNotFoundError as error:
         raise UsageError(f"{name} has no revision {revision} on the hub") from error
     except Exception as error:  # the hub, its HTTP library and its cache each raise their own
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise StorageError(
                 f"cannot download {name}: {error.strerror}", "free some space, or set HF_HOME to a larger disk"
             ) from error

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from lora_cli.errors import FolderInUseError, StorageError
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # how the system says that there is no space left
 _CHUNK = 1 << 20
 _NUMBER = re.compile(r"\(os error ([0-9]+)\)")  # how Rust tells of an errno
 
@@ -42,8 +43,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _not_written(path: Path, number: int | None, reason: str) -> StorageError:
-    full = number in (errno.ENOSPC, errno.EDQUOT)
-    help = "free some space and type the same command again" if full else None
+    help = "free some space and type the same command again" if number in FULL else None
     return StorageError(f"cannot write {path}: {reason}", help)
 
 
